@@ -354,6 +354,11 @@ def model_scorer(model: RewardModel) -> Scorer:
     return score
 
 
+def mean_scorer(scorers: list[Scorer]) -> Scorer:
+    """The mean of several scorers, each of which should be normalised first."""
+    return lambda *batch: sum(scorer(*batch) for scorer in scorers) / len(scorers)
+
+
 def decode(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
     """Texts of the valid tokens of [B, L] ids, without special tokens and without space at the ends."""
     rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]

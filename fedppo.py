@@ -54,6 +54,7 @@ from data import UserError
 
 HERE = Path(__file__).resolve().parent
 MODES = ("isolated", "federated", "fedavg", "centralized")
+FITTED = ("private", "shared", "ensemble")  # rewards that are models fitted to the agents' preference pairs
 
 # -------------------------------------------------------------------------------------------------------- settings
 
@@ -107,8 +108,9 @@ class Settings:
                          "scores; the directory of a sequence-classification model; heldout: a reward model fitted to "
                          "pairs that no agent has; none", pythia="heldout", group="model and data")
 
-    reward: str = setting("private", "private: each agent fits its own pairs; shared: one model on all pairs, not "
-                          "private; or FILE.py:function or a directory as for --judge", group="reward")
+    reward: str = setting("private", "private: each agent fits its own pairs; shared: one model on all pairs, or "
+                          "ensemble: the mean of all private models, for every agent, both not private; or "
+                          "FILE.py:function or a directory as for --judge", group="reward")
     reward_lr: float = setting(2e-3, "Adam learning rate of the reward model, linear to 0", pythia=2e-5, group="reward")
     reward_epochs: int = setting(4, "passes over the agent's pairs", pythia=2, group="reward")
     reward_batch: int = setting(16, "pairs per gradient step", group="reward")
@@ -127,6 +129,10 @@ class Settings:
                             "weights, normalised by row)", group="federation")
     self_weight: float = setting(0.4, "weight of an agent's own reference in self, ring and star", group="federation")
     anchor: float = setting(0.0, "weight of the initial policy in every reference, 0 to 1", group="federation")
+
+    merge: bool = setting(False, "at each exchange an agent's policy itself becomes the average of the received "
+                          "weights, by its row of the matrix, and goes on from there (off: it hears of the others "
+                          "through the penalty alone)", group="federation")
 
     batch: int = setting(32, "episodes per PPO update and agent", pythia=64, group="PPO")
     response_length: int = setting(20, "longest response, in tokens", pythia=24, group="PPO")
@@ -358,7 +364,7 @@ class World:
                                                                      self.device)
         self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.initial = self.new_policy().requires_grad_(False)  # mu_0
-        labelled = s.reward in ("private", "shared") or s.judge == "heldout"
+        labelled = s.reward in FITTED or s.judge == "heldout"
         self.pairs, self.dropped = data.load_pairs(at_home(s.dataset), s.splits, labelled)
         self.prompt_ids = {prompt: data.encode_prompt(self.tokenizer, prompt)
                            for prompt in dict.fromkeys(pair.prompt for pair in self.pairs)}
@@ -371,7 +377,7 @@ class World:
                             f"--response-length {s.response_length} that exceeds the model's context of {context}: "
                             "shorten or remove such rows, or lower --response-length")
         self.judge = None if s.judge in ("none", "heldout") else self._given(s.judge)
-        self.given_reward = None if s.reward in ("private", "shared") else self._given(s.reward)
+        self.given_reward = None if s.reward in FITTED else self._given(s.reward)
 
     def _given(self, spec: str) -> data.Scorer:
         """The user's judge or reward, called once now, so that it does not fail when reward models have been fitted."""
@@ -395,8 +401,8 @@ class World:
         """Responses of a policy to prompts, in batches of 64 -> [(prompt_ids, prompt_mask, response_ids, mask)]."""
         s, sampled = self.settings, []
         for start in range(0, len(prompts), 64):
-            ids, mask = data.pad([self.prompt_ids[prompt] for prompt in prompts[start:start + 64]], self.pad_id, "left",
-                                 self.device)
+            ids, mask = data.pad([self.prompt_ids[prompt] for prompt in prompts[start:start + 64]], self.pad_id,
+                                 "left", self.device)
             sampled.append((ids, mask, *ppo_core.generate(policy, ids, mask, s.response_length,
                                                           temperature=s.temperature, eos_id=self.eos_id,
                                                           pad_id=self.pad_id, generator=stream)))
@@ -444,11 +450,15 @@ def make_task(world: World, seed: int, pooled: bool) -> Task:
                   for i, source in enumerate(sources)]
         fitted = [(data.model_scorer(model), accuracy) for model, accuracy in models]
         fitted *= len(shards) // len(fitted)  # a shared model serves every agent
-    scorers = []
-    for i, (shard, (scorer, _)) in enumerate(zip(shards, fitted, strict=True)):
+    samples = []  # of the initial policy, per agent: what its reward is normalised on
+    for i, shard in enumerate(shards):
         stream = generator(seed, i, "normalisation")
         prompts = [shard.prompts[k] for k in torch.randperm(len(shard.prompts), generator=stream)[:256].tolist()]
-        scorers.append(data.normalised(scorer, world.batches(prompts, world.initial, stream))[0])
+        samples.append(world.batches(prompts, world.initial, stream))
+    scorers = [data.normalised(scorer, own)[0] for (scorer, _), own in zip(fitted, samples, strict=True)]
+    if s.reward == "ensemble":
+        mean = data.mean_scorer(scorers)
+        scorers = [data.normalised(mean, own)[0] for own in samples]
     return Task(seed, shards, scorers, [accuracy for _, accuracy in fitted], eval_prompts, judge,
                 judge_accuracy)
 
@@ -544,7 +554,8 @@ def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matr
     """Every agent freezes a copy of its policy and sends it: nothing else leaves it -> bytes each agent received.
 
     frozen: N policies that are overwritten here and then left alone until the next exchange. Under `fedavg` every
-    policy becomes the plain average, which is also the reference until the next exchange (1602.05629).
+    policy becomes the plain average, which is also the reference until the next exchange (1602.05629). With `merge` an
+    agent's policy becomes the average by its row of the matrix, and the references stay what was sent.
     """
     states = [agent.policy.model.state_dict() for agent in agents]  # no value head, no optimizer state
     size = sum(tensor.numel() * tensor.element_size() for tensor in states[0].values())
@@ -555,6 +566,10 @@ def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matr
         return [size] * len(agents)
     for policy, state in zip(frozen, states, strict=True):
         policy.model.load_state_dict(state)
+    if agents[0].settings.merge:
+        sent = [policy.model.state_dict() for policy in frozen]
+        for agent in agents:
+            agent.policy.model.load_state_dict(kl.average_weights(sent, matrix[agent.index]))
     heard = (matrix > 0).sum(1) - (matrix.diagonal() > 0).long()  # peers with a weight in each row
     return (heard * size).tolist()
 
@@ -706,14 +721,10 @@ def preflight(world: World, task: Task) -> list[Check]:
 
 def cached_logprobs(policy: ppo_core.Policy, rollout: ppo_core.Rollout, temperature: float) -> torch.Tensor:
     """log pi(a_t|s_t) [B, T] as the sampler sees it: prompt first, then token by token through the cache."""
-    Q, positions, cache, steps = rollout.prompt_length, ppo_core.position_ids(rollout.attention), None, []
-    for t in range(rollout.response.shape[1]):
-        now = slice(0, Q) if t == 0 else slice(Q + t - 1, Q + t)
-        output = policy(input_ids=rollout.ids[:, now], attention_mask=rollout.attention[:, :now.stop],
-                        position_ids=positions[:, now], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        steps.append(kl.token_logprobs(output.logits[:, -1], rollout.response[:, t], temperature))
-    return torch.stack(steps, 1)
+    Q, T = rollout.prompt_length, rollout.response.shape[1]
+    step = ppo_core.decoder(policy, rollout.attention[:, :Q], T)
+    logits = [step(rollout.ids[:, :Q] if t == 0 else rollout.response[:, t - 1:t]) for t in range(T)]
+    return kl.token_logprobs(torch.stack(logits, 1), rollout.response, temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -916,9 +927,10 @@ def execute(s: Settings, reason: str) -> None:
     transformers.utils.logging.disable_progress_bar()
     world = World(s)
     print(f"{len(world.pairs)} preference pairs; dropped {world.dropped} rows whose chosen and rejected are the same")
-    if "centralized" in s.mode or s.reward == "shared":
-        print("not private: " + " and ".join(["--mode centralized"] * ("centralized" in s.mode) + ["--reward shared"] *
-                                             (s.reward == "shared")) + " pool the agents' data")
+    pooling = ["--mode centralized"] * ("centralized" in s.mode)
+    pooling += [f"--reward {s.reward}"] * (s.reward in ("shared", "ensemble"))
+    if pooling:
+        print(f"not private: {' and '.join(pooling)} pool what the agents own")
     for seed in s.seeds:
         deal(world, seed)  # too little data is said now, not when earlier seeds have been trained
     if s.check:

@@ -4,7 +4,7 @@ In reading order
     1. masked arithmetic      masked_mean, masked_std, whiten
     2. the algorithm          gae, policy_loss, value_loss            (pure: tensors and floats in, tensors out)
     3. the policy             Policy: a causal LM, a value head on its trunk, and the mask of ids that are no token
-    4. sampling               sample_inverse_cdf, generate
+    4. sampling               sample_inverse_cdf, decoder, generate
     5. one rollout            entropy, evaluate, reference_logprobs, penalty_kl, collect -> Rollout
     6. one update             penalised_rewards, ppo_loss, optimise
 
@@ -171,6 +171,69 @@ def sample_inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.where(impossible, probs.argmax(-1, keepdim=True), drawn).squeeze(-1)
 
 
+def decoder(model: nn.Module, prompt_mask: Tensor, max_new_tokens: int):
+    """The forward of one sampled token -> step(tokens [B, L]) -> logits [B, V] after the last of them.
+
+    model: a Policy or any Hugging Face causal LM; prompt_mask [B, Q]. The first call takes the prompt (L = Q), each
+    later one the token drawn last (L = 1); the cache is the step's own. A GPT-NeoX policy has a faster form, which the
+    general one is the oracle of; they differ by rounding, which is why old log-probs come from `evaluate` (D4).
+    """
+    if isinstance(model, Policy) and type(model.model).__name__ == "GPTNeoXForCausalLM":
+        return _neox_decoder(model, prompt_mask, max_new_tokens)
+    return _cached_decoder(model, prompt_mask)
+
+
+def _cached_decoder(model: nn.Module, prompt_mask: Tensor):
+    """`decoder` by the model's own forward and key/value cache."""
+    attention, positions, cache = prompt_mask, position_ids(prompt_mask), None
+
+    def step(tokens: Tensor) -> Tensor:
+        nonlocal attention, positions, cache
+        if cache is not None:
+            positions = positions[:, -1:] + 1
+            attention = torch.cat([attention, attention.new_ones(len(tokens), 1)], dim=1)
+        output = model(input_ids=tokens, attention_mask=attention, position_ids=positions, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        return output.logits[:, -1]
+    return step
+
+
+def _neox_decoder(policy: Policy, prompt_mask: Tensor, max_new_tokens: int):
+    """`decoder` for GPT-NeoX: the layers called directly, positions, masks and a cache of fixed size made once."""
+    model, trunk, config = policy.model, policy.model.gpt_neox, policy.model.config
+    rows, longest, heads = len(prompt_mask), prompt_mask.shape[1] + max_new_tokens, config.num_attention_heads
+    mask = nn.functional.pad(prompt_mask, (0, max_new_tokens), value=1)  # [B, L] of the whole sequence
+    cos, sin = (x[:, :, None, None] for x in trunk.rotary_emb(trunk.embed_in.weight, position_ids(mask)))
+    turned = cos.shape[-1]  # leading features of a head that the rotary embedding turns
+    first, second = sin.chunk(2, -1)
+    sin = torch.cat([-first, second], -1)  # so that a roll by half is rotate_half, sign included
+    heard = mask[:, None, None].bool() & mask.new_ones(longest, longest).bool().tril()  # [B, 1, L, L] key before query
+    bias = torch.zeros_like(heard, dtype=cos.dtype).masked_fill(~heard, torch.finfo(cos.dtype).min)
+    cache = cos.new_zeros(len(trunk.layers), 2, rows, heads, longest, config.hidden_size // heads)
+    end = 0
+
+    def step(tokens: Tensor) -> Tensor:
+        nonlocal end
+        now, end = slice(end, end + tokens.shape[1]), end + tokens.shape[1]
+        hidden = trunk.embed_in(tokens)  # [B, L, D]
+        for layer, (keys, values) in zip(trunk.layers, cache, strict=True):
+            attention = layer.attention
+            qkv = attention.query_key_value(layer.input_layernorm(hidden)).view(rows, -1, heads, 3, cache.shape[-1])
+            rotary = qkv[:, :, :, :2, :turned]
+            rotary = rotary * cos[:, now] + rotary.roll(turned // 2, -1) * sin[:, now]
+            query, keys[:, :, now] = torch.cat([rotary, qkv[:, :, :, :2, turned:]], -1).permute(3, 0, 2, 1, 4)
+            values[:, :, now] = qkv[:, :, :, 2].transpose(1, 2)
+            mixed = nn.functional.scaled_dot_product_attention(query, keys[:, :, :end], values[:, :, :end],
+                                                               attn_mask=bias[:, :, now, :end])
+            attended = attention.dense(mixed.transpose(1, 2).flatten(2))
+            source = hidden if config.use_parallel_residual else hidden + attended
+            hidden = hidden + attended + layer.mlp(layer.post_attention_layernorm(source))
+        logits = model.get_output_embeddings()(trunk.final_layer_norm(hidden[:, -1]))
+        return logits.masked_fill(policy.forbidden, -torch.inf)
+    return step
+
+
 @torch.no_grad()
 def generate(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int, *, temperature: float,
              eos_id: int, pad_id: int, generator: torch.Generator | None = None,
@@ -186,13 +249,11 @@ def generate(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_
     rows = prompt_ids.shape[0]
     source = torch.device("cpu") if generator is None else generator.device
     uniforms = torch.rand(max_new_tokens, rows, generator=generator, device=source).to(prompt_ids.device)
-    attention, positions, tokens, cache = prompt_mask, position_ids(prompt_mask), prompt_ids, None
+    step, tokens = decoder(model, prompt_mask, max_new_tokens), prompt_ids
     alive = torch.ones(rows, dtype=torch.bool, device=prompt_ids.device)
     response, response_mask = [], []
     for uniform in uniforms:
-        output = model(input_ids=tokens, attention_mask=attention, position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1)
-        cache, logits = output.past_key_values, output.logits[:, -1].float()  # [B, V]
+        logits = step(tokens).float()  # [B, V]
         if greedy:
             token = logits.argmax(-1)
         else:
@@ -203,8 +264,6 @@ def generate(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_
         if not alive.any():
             break
         tokens = response[-1][:, None]
-        positions = positions[:, -1:] + 1
-        attention = torch.cat([attention, attention.new_ones(rows, 1)], dim=1)
     return torch.stack(response, 1), torch.stack(response_mask, 1).to(prompt_mask.dtype)
 
 

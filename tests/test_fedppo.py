@@ -113,6 +113,24 @@ def test_rule_weights_merges_the_parameters(small):
     assert weights.tolist() == [1.0]
 
 
+def test_merge_moves_each_policy_to_the_average_of_its_row(small):
+    world, agents = small
+    frozen = [world.new_policy() for _ in agents]
+    before = [{k: v.clone() for k, v in agent.policy.model.state_dict().items()} for agent in agents]
+    heads = [agent.policy.value_head.weight.clone() for agent in agents]
+    matrix = torch.tensor([[0.5, 0.2, 0.3], [0.0, 1.0, 0.0], [0.0, 0.25, 0.75]], dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agents[0], "settings", dataclasses.replace(world.settings, merge=True))
+        exchange(agents, frozen, "federated", matrix)
+    for i, agent in enumerate(agents):
+        for key, merged in agent.policy.model.state_dict().items():
+            expected = sum(w * state[key].double() for w, state in zip(matrix[i].tolist(), before, strict=True))
+            assert torch.allclose(merged.double(), expected, atol=1e-7)
+            assert torch.equal(frozen[i].model.state_dict()[key], before[i][key]), "references are what was sent"
+        assert torch.equal(agent.policy.value_head.weight, heads[i]), "value heads are local"
+        agent.policy.model.load_state_dict(before[i])
+
+
 def test_a_json_matrix_is_read_and_normalised_by_row(tmp_path):
     (tmp_path / "w.json").write_text("[[1, 3], [0, 2]]")
     matrix = fedppo.communication_matrix(dataclasses.replace(Settings(), agents=2, topology=str(tmp_path / "w.json")))
@@ -132,6 +150,27 @@ def test_federated_with_identity_matrix_is_isolated_bit_for_bit(tmp_path):
         weights = {(folder / f"agents/{folder.name}-seed0-agent{i}/model.safetensors").read_bytes()
                    for folder in (one, two)}
         assert len(weights) == 1
+
+
+def test_merging_by_equal_weights_under_the_rule_weights_is_fedavg_bit_for_bit(tmp_path):
+    flags = ["--agents", "2", "--rounds", "3"]
+    one = main(tmp_path, "merged", *flags, "--merge", "--rule", "weights", "--topology", "uniform")
+    two = main(tmp_path, "fedavg", *flags, "--mode", "fedavg")
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert {k: v for k, v in a.items() if k not in IGNORED} == {k: v for k, v in b.items() if k not in IGNORED}
+
+
+def test_every_agent_of_an_ensemble_is_paid_by_the_mean_of_all_private_models(small):
+    world, _ = small
+    private = make_task(world, 0, pooled=False)
+    ensemble = make_task(fresh(world, reward="ensemble"), 0, pooled=False)
+    assert ensemble.accuracies == private.accuracies
+    batch, = world.batches(list(world.prompt_ids)[:40], world.initial, fedppo.generator(1, "test"))
+    mean = sum(scorer(*batch) for scorer in private.scorers) / 3  # of z-scores
+    for scorer in ensemble.scorers:  # each normalised on its own agent's samples, so equal up to shift and scale
+        scores = scorer(*batch)
+        assert torch.allclose((scores - scores.mean()) / scores.std(), (mean - mean.mean()) / mean.std(), atol=1e-4)
+        assert 0.7 < scores.std() < 1.4
 
 
 def test_a_peer_changes_the_result(tmp_path):

@@ -324,6 +324,42 @@ def test_generate_samples_by_the_inverse_cdf_of_each_full_forward(toy_policy, sm
         assert response[b][~mask[b].bool()].eq(PAD).all()
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("rotary", [0.5, 1.0])
+def test_the_fast_decoder_is_the_models_own_forward(toy_policy, parallel, rotary):
+    """GPT-NeoX's layers called directly against the model's forward with its cache, behind left padding."""
+    policy = toy_policy(use_parallel_residual=parallel, rotary_pct=rotary)
+    for parameter in policy.model.parameters():  # no bias or norm that is 0 or 1, as fresh models have them
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    ids, mask = data.pad(PROMPTS, PAD, "left")
+    assert not mask.all()
+    fast, slow = ppo_core.decoder(policy, mask, 6), ppo_core._cached_decoder(policy, mask)
+    tokens, stream = ids, torch.Generator().manual_seed(0)
+    for _ in range(6):
+        with torch.no_grad():
+            logits, expected = fast(tokens), slow(tokens)
+        assert logits.shape == (len(PROMPTS), 16)
+        assert torch.equal(logits == -torch.inf, policy.forbidden.expand_as(logits))
+        assert torch.allclose(logits, expected, atol=1e-5)
+        tokens = torch.randint(2, 14, (len(PROMPTS), 1), generator=stream)
+
+
+def test_the_decoder_of_another_architecture_is_its_own_forward():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    policy = ppo_core.Policy(model, torch.arange(16) == PAD)
+    ids, mask = data.pad(PROMPTS, PAD, "left")
+    step = ppo_core.decoder(policy, mask, 2)
+    drawn = torch.full((len(PROMPTS), 1), 5)
+    with torch.no_grad():
+        logits = [step(ids), step(drawn)]
+        for b, prompt in enumerate(PROMPTS):  # one row alone, without padding or cache
+            whole = policy.model(input_ids=torch.tensor([[*prompt, 5]])).logits[0, -2:]
+            for t in (0, 1):
+                assert torch.allclose(logits[t][b], whole[t].masked_fill(policy.forbidden, -torch.inf), atol=1e-5)
+
+
 def test_generate_takes_the_same_randomness_whenever_rows_end(toy_policy):
     """Two calls on one stream: the second does not depend on where the first one's rows ended."""
     policy = toy_policy()
