@@ -107,6 +107,46 @@ def test_paired_difference_removes_what_the_pairs_share():
     assert plot.paired_difference([1.0, 2.0], [2.0, 4.0])[0] == -1.5
 
 
+@pytest.mark.parametrize("seeds, at_least", [(8, 0.84), (20, 0.90)])
+def test_a_paired_band_covers_the_truth_of_seeds_with_correlated_agents(seeds, at_least):
+    """200 studies of agents that share their seed's luck: the band must know that seeds, not agents, are the unit."""
+    random = np.random.default_rng(5)
+    covered, naive = 0, 0
+    for _ in range(200):
+        luck = random.normal(size=(2, seeds, 1))  # [arm, S, 1] what the agents of one seed share
+        shared = random.normal(size=(1, seeds, 1))  # ... and what both arms share: the pairing removes it
+        scores = shared + 0.3 * luck + 0.1 * random.normal(size=(2, seeds, 4))  # [arm, S, agent]
+        scores[0] += 0.25
+        _, low, high = plot.paired_difference(*scores.mean(-1))
+        covered += low <= 0.25 <= high
+        low, high = plot.bootstrap_band((scores[0] - scores[1]).ravel(), np.mean, resamples=300)
+        naive += low <= 0.25 <= high
+    assert at_least <= covered / 200 <= 0.985
+    assert naive / 200 < 0.75, "taking agents for independent runs would have been caught"
+
+
+def test_probability_of_improvement_by_hand():
+    share, low, high = plot.probability_of_improvement([1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 1.0, 5.0])  # + = + -
+    assert share == 2.5 / 4 and low <= share <= high and (low, high) == (0.25, 1.0)
+    assert plot.probability_of_improvement([1, 2, 3], [0, 0, 0]) == (1, 1, 1)
+    assert plot.probability_of_improvement([0, 0], [1, 1]) == (0, 0, 0)
+
+
+def test_updates_to_a_level_counts_the_first_evaluation_at_or_above():
+    assert plot.updates_to([0, 4, 8, 12], [0.1, 0.5, 0.4, 0.9], 0.5) == 4
+    assert plot.updates_to([0, 4, 8, 12], [0.1, 0.5, 0.4, 0.9], 0.6) == 12
+    assert plot.updates_to([0, 4], [0.7, 0.2], 0.6) == 0
+    assert plot.updates_to([0, 4], [0.1, 0.2], 0.6) == np.inf
+
+
+def test_median_updates_counts_runs_that_never_arrive():
+    never = np.inf
+    assert plot.median_updates([8, 4, 12]) == 8
+    assert plot.median_updates([8, 4, 12, never]) == 8  # half of four have arrived by 8
+    assert plot.median_updates([4, never, never]) == never
+    assert plot.median_updates([4, 8, never, never]) == 8
+
+
 @pytest.mark.parametrize(("a", "b"), [([1.0], [2.0]), ([1.0, 2.0, 3.0], [1.0, 2.0]), ([1.0, 2.0], [1.0])])
 def test_paired_difference_needs_pairs(a, b):
     with pytest.raises(ValueError, match="two or more pairs"):

@@ -1,0 +1,451 @@
+"""Does cooperation help, by how much, and where does it not: every run behind the results tables of the README.
+
+    python benchmarks/study.py             all stages; finished runs are not repeated, so it can be stopped at any time
+    python benchmarks/study.py --quick     a small version in under 5 minutes, in runs/study-quick
+
+In reading order
+    1. arms and regimes       what is compared, and where: each is a line of fedppo.py's own flags
+    2. stages                 tune -> headline -> penalty -> regimes -> confirm; which seeds each may use
+    3. one run                fedppo.train with a recorder in place of a run's folder -> one row of study.csv
+    4. schedule               one process of one thread per core, rows appended as they are finished
+    5. main                   then report.py makes tables.json and the pictures from study.csv alone
+
+The protocol. Each arm is tuned on the same grid of beta and learning rate, in the headline regime, on TUNING seeds
+alone: the whole grid on the first, the best cells on all. All other stages run the chosen values (chosen.json) on seeds
+that no choice was made on; CONFIRM seeds are run once, after everything was fixed. A seed redraws the data of every
+agent, reward models, evaluation prompts and sampling, and two arms of one seed share all of them.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # everything the study needs is embedded
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import data  # noqa: E402
+import fedppo  # noqa: E402
+import kl  # noqa: E402
+import plot  # noqa: E402
+import ppo_core  # noqa: E402
+import report  # noqa: E402
+from tiny import judge  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------ arms and regimes
+
+ARMS = {  # name: flags of fedppo.py
+    "isolated": "--mode isolated",
+    "classic": "--mode isolated --anchor 1",
+    "isolated 4x batch": "--mode isolated --batch 128 --micro-batch 128",
+    "fedavg": "--mode fedavg",
+    "federated": "--mode federated --rule geometric",
+    "federated arithmetic": "--mode federated --rule arithmetic",
+    "federated weights": "--mode federated --rule weights",
+    "federated merged": "--mode federated --merge",
+    "ensemble": "--mode isolated --reward ensemble",
+    "centralized": "--mode centralized --micro-batch 128",
+}
+PENALTY_ARMS = {  # where the KL penalty is charged; exact in the loss is the default, so `isolated` and `federated`
+    "isolated, k1 in reward": "--mode isolated --penalty reward",
+    "isolated, both": "--mode isolated --penalty both",
+    "federated, k1 in reward": "--mode federated --penalty reward",
+    "federated, both": "--mode federated --penalty both",
+}
+TWINS = {arm: arm.split(",")[0] for arm in PENALTY_ARMS}  # whose learning rate these arms take: beta alone is tuned
+COMMUNITY_ARMS = {"federated in communities": f"--mode federated --topology {HERE.name}/communities.json"}
+TUNED_AS = {"federated in communities": "federated"}  # arms of one regime only, with another arm's beta and lr
+REGIMES = {  # name: flags on top of an arm's
+    "headline": "",
+    "50 pairs": "--pairs 50",
+    "100 pairs": "--pairs 100",
+    "400 pairs": "--pairs 400",
+    "shared reward": "--reward shared",
+    "iid shards": "--shards iid",
+    "2 agents": "--agents 2",
+    "8 agents": "--agents 8",
+    "half the lr": "",
+    "twice the lr": "",
+    "1 update a round": "--rounds 40 --updates 1",
+    "2 updates a round": "--rounds 20 --updates 2",
+    "8 updates a round": "--rounds 5 --updates 8",
+    "twice the updates": "--rounds 20",
+    "flipped labels": "",
+    "two communities": "",
+}
+LR_FACTOR = {"half the lr": 0.5, "twice the lr": 2.0}
+QUICK_REGIMES = ("iid shards", "two communities")
+
+# ---------------------------------------------------------------------------------------------------------- stages
+
+TUNING = range(200, 203)
+REPORTED = range(1000, 1020)
+CONFIRM = range(3000, 3020)
+BETAS = (0.06, 0.12, 0.25, 0.5, 1.0)  # for every arm
+LRS = (5e-4, 1e-3)
+FINALISTS = 2  # cells of the grid that go on from the first TUNING seed to the others
+ELSEWHERE = 8  # seeds of a regime, the first of REPORTED
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm in a regime on a seed, with all flags that differ from the tiny preset."""
+
+    arm: str
+    regime: str
+    seed: int
+    flags: str
+
+    @property
+    def cost(self) -> float:
+        """Expected time, in runs of one isolated arm: for the progress bar."""
+        words = self.flags.split()
+        cost = 2.5 if "--batch" in words else 0.6 if "centralized" in words else 1.0
+        agents = int(words[words.index("--agents") + 1]) if "--agents" in words else 4
+        return cost * agents / 4 * (2 if self.regime == "twice the updates" else 1)
+
+
+def job(arm: str, regime: str, seed: int, beta: float, lr: float) -> Job:
+    arms = ARMS | PENALTY_ARMS | COMMUNITY_ARMS
+    parts = [arms[arm], REGIMES[regime], f"--beta {beta:g} --lr {lr * LR_FACTOR.get(regime, 1):g}"]
+    return Job(arm, regime, seed, " ".join(part for part in parts if part))
+
+
+def cells(rows: list[dict], arm: str) -> dict[tuple[float, float], list[float]]:
+    """The arm's grid -> {(beta, lr): final judge's scores of the TUNING seeds that were run, a diverged one -inf}."""
+    lrs = [best(rows, TWINS[arm])[1]] if arm in TWINS else LRS
+    scores = {key(row): float(row["judge_final"] or "-inf") for row in rows}
+    return {(beta, lr): [scores[j] for j in (job(arm, "headline", seed, beta, lr) for seed in TUNING) if j in scores]
+            for beta in BETAS for lr in lrs}
+
+
+def finalists(rows: list[dict], arm: str) -> list[tuple[float, float]]:
+    """The cells that were best on the first TUNING seed."""
+    first = {cell: scores[0] for cell, scores in cells(rows, arm).items()}
+    return sorted(first, key=first.get, reverse=True)[:FINALISTS]
+
+
+def best(rows: list[dict], arm: str) -> tuple[float, float]:
+    """The finalist (beta, lr) with the highest mean over all TUNING seeds."""
+    grid = cells(rows, arm)
+    return max(finalists(rows, arm), key=lambda cell: sum(grid[cell]) / len(grid[cell]))
+
+
+def tuning_jobs(rows: list[dict], arms, first: bool) -> list[Job]:
+    """The whole grid on the first TUNING seed, or its finalists on the others."""
+    return [job(arm, "headline", seed, beta, lr) for seed in (TUNING[:1] if first else TUNING[1:]) for arm in arms
+            for beta, lr in (cells(rows, arm) if first else finalists(rows, arm))]
+
+
+def choose(rows: list[dict]) -> dict[str, dict]:
+    """Each arm's best (beta, lr), and what every cell of its grid scored -> the content of chosen.json."""
+    chosen = {}
+    for arm in ARMS | TWINS:
+        beta, lr = best(rows, arm)
+        grid = {f"beta {beta:g}, lr {lr:g}": [round(score, 3) for score in scores]
+                for (beta, lr), scores in cells(rows, arm).items()}
+        chosen[arm] = {"beta": beta, "lr": lr, "judge_final on seeds " + " ".join(map(str, TUNING)): grid}
+    return chosen
+
+
+def reported_jobs(chosen: dict[str, dict]) -> list[Job]:
+    """All runs on fresh seeds, CONFIRM apart."""
+    jobs = []
+
+    def add(arms, regime: str, seeds) -> None:
+        for seed in seeds:
+            jobs.extend(job(arm, regime, seed, chosen[TUNED_AS.get(arm, arm)]["beta"],
+                            chosen[TUNED_AS.get(arm, arm)]["lr"]) for arm in arms)
+
+    add(ARMS, "headline", REPORTED)
+    add(PENALTY_ARMS, "headline", REPORTED[:ELSEWHERE])
+    for regime in REGIMES:
+        if regime != "headline":
+            extra = COMMUNITY_ARMS if regime == "two communities" else {}
+            add(["isolated", "federated", *extra], regime, REPORTED[:ELSEWHERE])
+    return jobs
+
+
+def confirm_jobs(chosen: dict[str, dict]) -> list[Job]:
+    """The headline on seeds that nothing was looked at on, after the same and after twice the updates."""
+    twice = ("isolated", "federated")
+    return [job(arm, regime, seed, chosen[arm]["beta"], chosen[arm]["lr"])
+            for seed in CONFIRM for regime in ("headline", "twice the updates")
+            for arm in (ARMS if regime == "headline" else twice)]
+
+
+# --------------------------------------------------------------------------------------------------------- one run
+
+COLUMNS = ("arm", "regime", "seed", "settings", "judge_initial", "judge_final", "judge_auc", "reward_final",
+           "reward_auc", "worst_agent", "judge_average", "judge_mixture", "own_truth", "updates_to_0.6",
+           "updates_to_0.8", "kl_initial", "episodes", "bytes", "seconds", "reward_accuracy", "judge_agents",
+           "judge_curve", "reward_curve")
+
+
+def key(row: dict) -> Job:
+    return Job(row["arm"], row["regime"], int(row["seed"]), row["settings"])
+
+
+class Recorder:
+    """What fedppo.train needs of a Run, in memory."""
+
+    def __init__(self):
+        self.rows: list[dict] = []
+        self.samples: dict = {}
+
+    def log(self, mode: str, seed: int, agent: int, rnd: int, update: int, *, judge: float | None = None,
+            **metrics: float) -> None:
+        self.rows.append({"mode": mode, "seed": seed, "agent": agent, "round": rnd, "update": update, "judge": judge}
+                         | metrics)
+
+    def checkpoint(self, mode: str, seed: int, state: dict) -> None:
+        pass
+
+
+def community(split: str) -> int:
+    """0: annotators who love sentiment, 1: vividness. Agents 0 and 1 own the topics of the first (4 agents)."""
+    return judge_topics().index(split) % 4 // 2
+
+
+def judge_topics() -> list[str]:
+    return sorted(judge.TOPICS)  # the order in which data.make_shards deals them
+
+
+def own_truth(number: int, prompt: str, response: str, ended: bool) -> float:
+    """A community's own gold score: without the term that the other one cares for."""
+    terms = judge.terms(prompt, response, ended)
+    return sum(value for name, value in terms.items() if name != ("vividness", "sentiment")[number])
+
+
+def relabel(pair: data.Pair, response_length: int) -> data.Pair:
+    """The pair as an annotator of its topic's community labels it: Bradley-Terry on the own truth, scale 3.
+
+    The same draw on every seed, as the shipped labels are: it depends on the pair's texts alone.
+    """
+    texts = sorted((pair.chosen, pair.rejected))
+    first, second = (own_truth(community(pair.split), pair.prompt, text, len(text.split()) < response_length)
+                     for text in texts)
+    draw = random.Random("\n".join([pair.prompt, *texts])).random()
+    chosen, rejected = texts if draw < 1 / (1 + math.exp(-3.0 * (first - second))) else texts[::-1]
+    return dataclasses.replace(pair, chosen=chosen, rejected=rejected)
+
+
+def flip(pair: data.Pair) -> data.Pair:
+    """The labels of agent 0's topics are turned round."""
+    flipped = judge_topics().index(pair.split) % 4 == 0
+    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen) if flipped else pair
+
+
+TASKS: dict[tuple, fedppo.Task] = {}  # of this process: the last few, so that arms of one seed share reward models
+
+
+def prepare(job: Job, extra: str) -> tuple[fedppo.World, fedppo.Task, str]:
+    settings, _ = fedppo.parse(["--preset", "tiny", "--device", "cpu", *job.flags.split(), *extra.split()])
+    world = fedppo.World(settings)
+    if job.regime == "two communities":
+        world.pairs = [relabel(pair, settings.response_length) for pair in world.pairs]
+    if job.regime == "flipped labels":
+        world.pairs = [flip(pair) for pair in world.pairs]
+    mode, relabelled = settings.mode[0], job.regime in ("two communities", "flipped labels")
+    task_key = (job.seed, job.regime if relabelled else "", mode == "centralized", settings.reward, settings.pairs,
+                settings.agents, settings.shards, settings.eval_prompts)
+    if task_key not in TASKS:
+        while len(TASKS) > 4:
+            TASKS.pop(next(iter(TASKS)))
+        TASKS[task_key] = fedppo.make_task(world, job.seed, mode == "centralized")
+    return world, TASKS[task_key], mode
+
+
+def run(job: Job, extra: str = "") -> dict:
+    """Train one arm -> its row. extra: flags of --quick. A run that diverges has no scores."""
+    torch.set_num_threads(1)
+    world, task, mode = prepare(job, extra)
+    recorder, row = Recorder(), dict.fromkeys(COLUMNS, "")
+    row |= {"arm": job.arm, "regime": job.regime, "seed": job.seed, "settings": job.flags}
+    try:
+        agents = fedppo.train(world, task, mode, recorder)
+    except FloatingPointError:
+        return row
+    counted = [agent for agent in agents if job.regime != "flipped labels" or agent.index > 0]  # the honest ones
+    rows = [r for r in recorder.rows if r["agent"] in {agent.index for agent in counted}]
+    summary = plot.summarise(rows)["modes"][mode]["seeds"][str(job.seed)]
+    updates, judged = plot.seed_curves(rows, mode, "judge")
+    _, rewards = plot.seed_curves(rows, mode, "reward")
+    _, kl_initial = plot.seed_curves(rows, mode, "kl_initial")
+    last = max(r["update"] for r in rows)
+    row |= {name: summary[name] for name in ("judge_initial", "judge_final", "judge_auc", "reward_final")}
+    row |= {"worst_agent": summary["worst_agent_final"], "bytes": summary["bytes"], "seconds": summary["seconds"],
+            "reward_auc": rewards[0].mean(), "kl_initial": kl_initial[0][-1],
+            "episodes": sum(r["episodes"] for r in rows if r["update"] == last),
+            "own_truth": own_truth_final(world, task, agents) if job.regime == "two communities" else "",
+            "reward_accuracy": sum(fit[0] for fit in task.accuracies) / len(task.accuracies),
+            "judge_agents": report.join(r["judge"] for r in rows if r["update"] == last),
+            "judge_curve": report.join(judged[0]), "reward_curve": report.join(rewards[0])}
+    if len(agents) > 1:
+        row |= together(world, task, agents)
+    for level in (0.6, 0.8):
+        reached = plot.updates_to(updates, judged[0], level)
+        row[f"updates_to_{level}"] = reached if math.isfinite(reached) else ""
+    return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+
+
+@torch.no_grad()
+def together(world: fedppo.World, task: fedppo.Task, agents: list[fedppo.Agent]) -> dict[str, float]:
+    """What one more exchange after the last update would give: the judge's score of the agents' policies as one.
+
+    judge_average: of the plain average of their weights; judge_mixture: of the geometric mean of their next-token
+    distributions, sampled token by token.
+    """
+    average = world.new_policy()
+    states = [agent.policy.model.state_dict() for agent in agents]
+    average.model.load_state_dict(kl.average_weights(states, [1 / len(states)] * len(states)))
+
+    def score(policy) -> float:
+        batches = world.batches(task.eval_prompts, policy, fedppo.generator(task.seed, "evaluation"))
+        return torch.cat([task.judge(*batch) for batch in batches]).mean().item()
+
+    return {"judge_average": score(average), "judge_mixture": score(Mixture([agent.policy for agent in agents]))}
+
+
+class Mixture(torch.nn.Module):
+    """The geometric mean of several policies with equal weights, as a model that ppo_core.generate can sample."""
+
+    def __init__(self, policies: list[ppo_core.Policy]):
+        super().__init__()
+        self.policies = policies
+
+    def forward(self, past_key_values=None, **inputs) -> SimpleNamespace:
+        caches = past_key_values or [None] * len(self.policies)
+        outputs = [policy(past_key_values=cache, **inputs) for policy, cache in
+                   zip(self.policies, caches, strict=True)]
+        weights = [1 / len(outputs)] * len(outputs)
+        return SimpleNamespace(logits=kl.cooperative_logprobs([output.logits for output in outputs], weights),
+                               past_key_values=[output.past_key_values for output in outputs])
+
+
+def own_truth_final(world: fedppo.World, task: fedppo.Task, agents: list[fedppo.Agent]) -> float:
+    """Mean over agents of their own community's truth, on the responses that the judge scored last."""
+    scores = []
+    for agent in agents:
+        for batch in world.batches(task.eval_prompts, agent.policy, fedppo.generator(task.seed, "evaluation")):
+            scorer = data.text_scorer(lambda *texts, number=agent.index // 2: [
+                own_truth(number, *one) for one in zip(*texts, strict=True)], "own truth", world.tokenizer)
+            scores.append(scorer(*batch))
+    return torch.cat(scores).mean().item()
+
+
+# -------------------------------------------------------------------------------------------------------- schedule
+
+
+def load(path: Path) -> list[dict]:
+    """The finished runs. Half a last line, as a killed study may leave, is dropped."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    """All rows in a fixed order, under a temporary name first."""
+    rows = sorted(rows, key=lambda row: (row["regime"], row["arm"], int(row["seed"]), row["settings"]))
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def _run(arguments: tuple[Job, str]) -> tuple[Job, dict]:
+    return arguments[0], run(*arguments)
+
+
+def complete(path: Path, jobs: list[Job], stage: str, processes: int, extra: str = "") -> list[dict]:
+    """Do those of the jobs that path does not hold, and add them to it -> all its rows."""
+    rows = load(path)
+    done = {key(row) for row in rows}
+    pending = list(dict.fromkeys(j for j in jobs if j not in done))
+    if not pending:
+        return rows
+    save(path, rows)
+    bar = tqdm(total=round(sum(j.cost for j in pending)), desc=stage, unit="run", smoothing=0.05, dynamic_ncols=True,
+               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}, {remaining} left]")
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("a", newline=""))
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes)) if processes > 1 else None
+        for j, row in (pool.imap_unordered if pool else map)(_run, [(j, extra) for j in pending]):
+            writer.writerow(row)
+            file.flush()
+            bar.update(j.cost)
+    bar.close()
+    rows = load(path)
+    save(path, rows)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+STAGES = ("tune", "reported", "confirm")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few seeds and rounds, at the chosen settings")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all, in this order")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each [one per core]")
+    options = parser.parse_args(argv)
+    started = time.perf_counter()
+    os.chdir(HERE.parent)  # the flags name files of the repository
+    results = HERE / "results"
+    if options.quick:
+        chosen = json.loads((results / "chosen.json").read_text())
+        results = Path("runs/study-quick")
+        results.mkdir(parents=True, exist_ok=True)
+        quick(results, chosen, options.processes)
+    else:
+        results.mkdir(exist_ok=True)
+        staged(results, options.stages, options.processes)
+    print(report.write(results))
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    return 0
+
+
+def staged(results: Path, stages: list[str], processes: int) -> None:
+    path, chosen_path = results / "study.csv", results / "chosen.json"
+    if "tune" in stages:
+        rows = load(path)
+        for arms, first in ((ARMS, True), (ARMS, False), (TWINS, True), (TWINS, False)):
+            rows = complete(path, tuning_jobs(rows, arms, first), "tune", processes)
+        chosen_path.write_text(json.dumps(choose(rows), indent=1) + "\n")
+    chosen = json.loads(chosen_path.read_text())
+    if "reported" in stages:
+        complete(path, reported_jobs(chosen), "reported", processes)
+    if "confirm" in stages:
+        complete(path, confirm_jobs(chosen), "confirm", processes)
+
+
+def quick(results: Path, chosen: dict[str, dict], processes: int) -> None:
+    cells = [(arm, "headline") for arm in ARMS]
+    cells += [(arm, regime) for regime in QUICK_REGIMES for arm in ("isolated", "federated")]
+    jobs = [job(arm, regime, seed, chosen[arm]["beta"], chosen[arm]["lr"]) for seed in REPORTED[:2]
+            for arm, regime in cells]
+    complete(results / "study.csv", jobs, "quick", processes, "--rounds 3 --eval-prompts 64")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""benchmarks/: which runs the study asks for, what it makes of the data, how it resumes, and its tables."""
+
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import fedppo
+from tiny import judge
+
+sys.path.insert(0, str(Path(fedppo.__file__).parent / "benchmarks"))
+
+import report  # noqa: E402
+import study  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------- the protocol
+
+
+def test_no_seed_serves_two_stages():
+    stages = [set(study.TUNING), set(study.REPORTED), set(study.CONFIRM)]
+    assert len(set.union(*stages)) == sum(map(len, stages))
+    assert len(study.REPORTED) >= 20 and len(study.CONFIRM) >= 20 and study.ELSEWHERE >= 8
+    for stage, seeds in zip(("tuning", "reported", "confirm"), stages, strict=True):
+        assert seeds <= set(report.STAGES[stage])
+
+
+def test_every_arm_has_the_same_grid():
+    first = study.tuning_jobs([], study.ARMS, first=True)
+    cells = {arm: Counter(job.flags.split("--beta ")[1] for job in first if job.arm == arm) for arm in study.ARMS}
+    assert all(grid == cells["isolated"] for grid in cells.values())
+    assert len(cells["isolated"]) == len(study.BETAS) * len(study.LRS)
+    assert {job.seed for job in first} == {study.TUNING[0]}
+
+
+@pytest.mark.parametrize("arm", [*study.ARMS, *study.PENALTY_ARMS, *study.COMMUNITY_ARMS])
+@pytest.mark.parametrize("regime", ["headline", "half the lr", "8 agents"])
+def test_the_flags_of_every_arm_are_fedppos(arm, regime, monkeypatch):
+    monkeypatch.chdir(study.HERE.parent)
+    if arm in study.COMMUNITY_ARMS and regime == "8 agents":
+        pytest.raises(fedppo.UserError, fedppo.parse, study.job(arm, regime, 0, 0.1, 1e-3).flags.split())
+        return
+    settings, _ = fedppo.parse(["--preset", "tiny", *study.job(arm, regime, 0, 0.1, 1e-3).flags.split()])
+    assert settings.beta == (0.1,) and settings.lr == (5e-4 if regime == "half the lr" else 1e-3)
+    assert settings.agents == (8 if regime == "8 agents" else 4)
+
+
+def test_the_arm_with_the_federations_experience_has_it():
+    flags = study.ARMS["isolated 4x batch"].split()
+    assert int(flags[flags.index("--batch") + 1]) == 4 * fedppo.Settings().batch
+
+
+def scored(arm: str, cells: dict[tuple[float, float], list[float]]) -> list[dict]:
+    """Rows of a tuning stage: the final judge's scores of each (beta, lr) on the first TUNING seeds."""
+    rows = []
+    for (beta, lr), scores in cells.items():
+        for seed, score in zip(study.TUNING, scores, strict=False):
+            job = study.job(arm, "headline", seed, beta, lr)
+            rows.append({"arm": arm, "regime": "headline", "seed": str(seed), "settings": job.flags,
+                         "judge_final": score if score == "" else str(score)})
+    return rows
+
+
+def test_the_best_finalist_is_chosen_by_its_mean_over_all_tuning_seeds():
+    cells = {(beta, lr): [0.1] for beta in study.BETAS for lr in study.LRS}
+    a, b, c = (study.BETAS[0], study.LRS[0]), (study.BETAS[2], study.LRS[1]), (study.BETAS[1], study.LRS[0])
+    rows = scored("isolated", cells | {a: [0.9], b: [0.8], c: [""]})  # c diverged
+    assert study.finalists(rows, "isolated") == [a, b]
+    asked = study.tuning_jobs(rows, ["isolated"], first=False)
+    assert {(job.seed, job.flags) for job in asked} == {
+        (seed, study.job("isolated", "headline", seed, *cell).flags) for seed in study.TUNING[1:] for cell in (a, b)}
+    rows = scored("isolated", cells | {a: [0.9, 0.1, 0.2], b: [0.8, 0.7, 0.6], c: [""]})
+    assert study.best(rows, "isolated") == b, "one lucky seed does not choose"
+
+
+def test_penalty_arms_take_their_twins_learning_rate():
+    cells = {(beta, lr): [0.5 + lr] * 3 for beta in study.BETAS for lr in study.LRS}
+    rows = scored("isolated", cells)
+    jobs = study.tuning_jobs(rows, ["isolated, both"], first=True)
+    assert {job.flags.split("--lr ")[1] for job in jobs} == {f"{max(study.LRS):g}"} and len(jobs) == len(study.BETAS)
+
+
+def test_reported_and_confirmed_runs_use_what_was_chosen():
+    chosen = {arm: {"beta": 0.1 + 0.01 * k, "lr": 1e-3} for k, arm in enumerate(study.ARMS | study.TWINS)}
+    jobs = study.reported_jobs(chosen)
+    assert not {job.seed for job in jobs} & (set(study.TUNING) | set(study.CONFIRM))
+    for job in [*jobs, *study.confirm_jobs(chosen)]:
+        values = chosen[study.TUNED_AS.get(job.arm, job.arm)]
+        assert f"--beta {values['beta']:g} " in job.flags
+    counts = Counter((job.arm, job.regime) for job in jobs)
+    assert all(counts[arm, "headline"] == 20 for arm in study.ARMS)
+    assert all(counts[arm, regime] >= 8 for regime in study.REGIMES for arm in ("isolated", "federated"))
+
+
+# ------------------------------------------------------------------------------------------------- whose labels
+
+
+def shards_of(pairs: list[data.Pair]) -> list[data.Shard]:
+    return data.make_shards(pairs, 4, "split", 200, 128, random.Random("0 shards"))[1]
+
+
+def everything() -> list[data.Pair]:
+    return data.load_pairs(fedppo.at_home("tiny/data"))[0]
+
+
+def test_the_first_two_agents_are_one_community_and_the_others_the_other():
+    for i, shard in enumerate(shards_of(everything())):
+        assert {study.community(pair.split) for pair in shard.train + shard.heldout} == {i // 2}
+
+
+def test_only_agent_0s_labels_are_flipped():
+    before, after = shards_of(everything()), shards_of([study.flip(pair) for pair in everything()])
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        turned = [a.chosen == b.rejected and a.rejected == b.chosen for a, b in
+                  zip(old.train, new.train, strict=True)]
+        assert all(turned) if i == 0 else not any(turned)
+        assert [pair.prompt for pair in old.train] == [pair.prompt for pair in new.train]
+
+
+def test_a_community_labels_by_its_own_truth():
+    """Vividness lovers do not see sentiment: what they prefer follows the score without that term, and only that."""
+    for number, hidden in ((0, "vividness"), (1, "sentiment")):
+        agree, n = 0, 0
+        for pair in [pair for pair in everything() if study.community(pair.split) == number][:1200]:
+            new = study.relabel(pair, 20)
+            assert {new.chosen, new.rejected} == {pair.chosen, pair.rejected} and study.relabel(pair, 20) == new
+            terms = [judge.terms(pair.prompt, text, len(text.split()) < 20) for text in (new.chosen, new.rejected)]
+            own = [sum(value for name, value in one.items() if name != hidden) for one in terms]
+            if abs(own[0] - own[1]) > 0.5:  # labels are Bradley-Terry draws: clear cases agree in over 82 %
+                agree, n = agree + (own[0] > own[1]), n + 1
+        assert n > 100 and agree / n > 0.85, (number, agree, n)
+
+
+# ----------------------------------------------------------------------------------------------------- one run
+
+SHORT = "--rounds 2 --updates 1 --batch 8 --pairs 20 --eval-prompts 8 --reward-epochs 1"
+
+
+@pytest.fixture(scope="module")
+def row():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(study.HERE.parent)
+        yield study.run(study.job("federated in communities", "two communities", 5, 0.2, 1e-3), SHORT)
+
+
+def test_a_row_says_what_the_run_did(row):
+    assert set(row) == set(study.COLUMNS) and study.key(row).seed == 5
+    curve = [float(value) for value in row["judge_curve"].split()]
+    assert len(curve) == 3 and len(row["reward_curve"].split()) == 2 and len(row["judge_agents"].split()) == 4
+    assert float(row["judge_initial"]) == pytest.approx(curve[0], abs=1e-3)
+    assert float(row["judge_final"]) == pytest.approx(curve[-1], abs=1e-3)
+    agents = [float(value) for value in row["judge_agents"].split()]
+    assert np.mean(agents) == pytest.approx(curve[-1], abs=1e-3)
+    assert float(row["worst_agent"]) == pytest.approx(min(agents), abs=1e-3)
+    assert row["episodes"] == 4 * 2 * 8
+    assert row["bytes"] == 2 * 4 * sum(p.numel() * 4 for p in fedppo.World(
+        fedppo.parse(["--preset", "tiny"])[0]).model.parameters()), "one peer in each community"
+    assert float(row["own_truth"]) < float(row["judge_final"]) + 1.5 and row["judge_average"] and row["judge_mixture"]
+
+
+def test_a_run_is_the_same_when_repeated(row, monkeypatch):
+    monkeypatch.chdir(study.HERE.parent)
+    study.TASKS.clear()
+    again = study.run(study.key(row), SHORT)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in row.items() if k != "seconds"}
+
+
+def test_a_mixture_of_equal_policies_is_that_policy_and_of_others_their_geometric_mean(toy_policy):
+    first, second = toy_policy(0), toy_policy(1)
+    ids, mask = torch.tensor([[2, 3, 4], [5, 6, 7]]), torch.ones(2, 3, dtype=torch.long)
+    positions = torch.arange(3).expand(2, 3)
+    with torch.no_grad():
+        own = first(input_ids=ids, attention_mask=mask, position_ids=positions).logits.log_softmax(-1)
+        other = second(input_ids=ids, attention_mask=mask, position_ids=positions).logits.log_softmax(-1)
+        for policies, expected in (([first, first], own), ([first, second], ((own + other) / 2).log_softmax(-1))):
+            mixed = study.Mixture(policies)(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+            probs = mixed.logits.exp()
+            assert torch.allclose(probs, expected.exp(), atol=1e-6)
+            step = study.Mixture(policies)(input_ids=ids[:, :1] + 1, attention_mask=torch.ones(2, 4).long(),
+                                           position_ids=positions[:, :1] + 3, past_key_values=mixed.past_key_values)
+            assert step.logits.shape == (2, 1, 16)
+
+
+# -------------------------------------------------------------------------------------------------- the schedule
+
+
+def fake_run(job: study.Job, extra: str = "") -> dict:
+    return dict.fromkeys(study.COLUMNS, "") | {"arm": job.arm, "regime": job.regime, "seed": job.seed,
+                                               "settings": job.flags, "judge_final": "0.5"}
+
+
+def test_finished_runs_are_not_repeated_and_a_broken_last_line_is(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(study, "run", lambda job, extra="": done.append(job) or fake_run(job))
+    jobs = [study.job("isolated", "headline", seed, 0.1, 1e-3) for seed in range(4)]
+    path = tmp_path / "study.csv"
+    study.complete(path, jobs[:3], "test", 1)
+    assert done == jobs[:3]
+    text = path.read_text()
+    path.write_text(text[:text.rindex("0.5")])  # killed while it wrote the last row
+    assert len(study.load(path)) == 2
+    rows = study.complete(path, jobs + jobs, "test", 1)
+    assert done[3:] == jobs[2:] and len(rows) == 4, "each of them once"
+    assert study.complete(path, jobs, "test", 1) == rows and len(done) == 5
+
+
+# -------------------------------------------------------------------------------------------------------- tables
+
+
+def results(folder: Path, gain: float = 0.3) -> Path:
+    """A study of 8 seeds in which federated is better than isolated by `gain` on every seed."""
+    rows = []
+    for arm, plus in (("isolated", 0.0), ("federated", gain), ("fedavg", 2 * gain), ("federated merged", gain)):
+        for regime in ("headline", "twice the updates", "two communities", "1 update a round"):
+            for seed in (*range(1000, 1008), *range(3000, 3008)):
+                final = 0.5 + 0.01 * (seed % 10) + plus
+                job = study.job(arm, regime, seed, 0.2, 1e-3)
+                rows.append(fake_run(job) | dict.fromkeys(
+                    ("judge_auc", "worst_agent", "judge_average", "judge_mixture", "own_truth", "kl_initial",
+                     "reward_final", "seconds", "bytes"), "1") | {
+                    "judge_final": str(final), "judge_agents": report.join([final - 0.1, final + 0.1]),
+                    "judge_curve": report.join([0.2, final / 2 + 0.2, final]),
+                    "reward_curve": report.join(np.linspace(0, 1, 40))})
+    study.save(folder / "study.csv", rows)
+    return folder
+
+
+def test_tables_and_pictures_of_a_known_study(tmp_path):
+    text = report.write(results(tmp_path))
+    assert (tmp_path / "tables.md").read_text() == text
+    assert "+0.30 [+0.30, +0.30], 8 of 8" in text and "-0.30 [-0.30, -0.30], 0 of 8" in text
+    assert "| `federated` | 0.2, 0.001 | 0.8" in text, "the interquartile mean is 0.835"
+    line = next(line for line in text.splitlines() if line.startswith("| median updates to reach"))
+    assert "| 20, 8 of 8 seeds do |" in line, "0.5 is passed at the middle one of its three evaluations"
+    assert "0 of 16 (by agent: +0.30, +0.30)" in text
+    for name in ("curves", "forest", "bytes"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 20_000 and (tmp_path / f"{name}.svg").exists()
+
+
+def test_two_settings_of_one_run_are_an_error(tmp_path):
+    folder = results(tmp_path)
+    rows = study.load(folder / "study.csv")
+    rows.append(rows[0] | {"settings": rows[0]["settings"] + " --lam 0.9"})
+    study.save(folder / "study.csv", rows)
+    with pytest.raises(ValueError, match="stands twice"):
+        report.write(folder)
+
+
+def test_a_curve_knows_its_updates():
+    row = {"judge_curve": "0.1 0.2 0.3", "reward_curve": "1 2 3 4 5 6 7 8"}
+    updates, values = report.curve(row)
+    assert updates.tolist() == [0, 4, 8] and values.tolist() == [0.1, 0.2, 0.3]
+    assert report.curve(row, "reward_curve")[0].tolist() == list(range(1, 9))
