@@ -304,6 +304,8 @@ def check_settings(s: Settings) -> None:
             raise UserError(f"{flags[name]} names one of its values twice: {_show(getattr(s, name))}")
     if s.batch % s.minibatches:
         raise UserError(f"--batch {s.batch} cannot be cut into --minibatches {s.minibatches} of equal size")
+    if s.merge and "federated" not in s.mode:
+        raise UserError(f"--merge merges what --mode federated exchanges, and has no part in {_show(s.mode)}")
     if s.penalty == "both" and s.gamma != 1:
         raise UserError("--penalty both is the gradient of the undiscounted sequence KL: it needs --gamma 1")
     if s.agents > 1000:
@@ -598,7 +600,7 @@ def enrol(world: World, task: Task, mode: str) -> tuple[list[Agent], torch.Tenso
     s = world.settings
     n_agents, batch = (1, s.batch * s.agents) if mode == "centralized" else (s.agents, s.batch)
     beta = s.beta[s.mode.index(mode) if len(s.beta) > 1 else 0]
-    alone = mode != "federated" or s.anchor == 1  # at anchor 1 no peer's policy is used, so none is sent
+    alone = mode != "federated" or (s.anchor == 1 and not s.merge)  # no peer's policy is used, so none is sent
     matrix = torch.eye(n_agents, dtype=torch.float64) if alone else communication_matrix(s)
     return [Agent(i, world, task, batch, beta) for i in range(n_agents)], matrix
 

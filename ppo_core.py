@@ -208,14 +208,15 @@ def _neox_decoder(policy: Policy, prompt_mask: Tensor, max_new_tokens: int):
     turned = cos.shape[-1]  # leading features of a head that the rotary embedding turns
     first, second = sin.chunk(2, -1)
     sin = torch.cat([-first, second], -1)  # so that a roll by half is rotate_half, sign included
-    heard = mask[:, None, None].bool() & mask.new_ones(longest, longest).bool().tril()  # [B, 1, L, L] key before query
-    bias = torch.zeros_like(heard, dtype=cos.dtype).masked_fill(~heard, torch.finfo(cos.dtype).min)
+    padding = cos.new_zeros(rows, 1, 1, longest).masked_fill(~mask[:, None, None].bool(), torch.finfo(cos.dtype).min)
     cache = cos.new_zeros(len(trunk.layers), 2, rows, heads, longest, config.hidden_size // heads)
     end = 0
 
     def step(tokens: Tensor) -> Tensor:
         nonlocal end
         now, end = slice(end, end + tokens.shape[1]), end + tokens.shape[1]
+        later = torch.ones(tokens.shape[1], end, dtype=torch.bool, device=tokens.device).triu(now.start + 1)
+        bias = padding[..., :end].masked_fill(later, torch.finfo(cos.dtype).min)  # [B, 1, L, end]
         hidden = trunk.embed_in(tokens)  # [B, L, D]
         for layer, (keys, values) in zip(trunk.layers, cache, strict=True):
             attention = layer.attention
@@ -225,7 +226,7 @@ def _neox_decoder(policy: Policy, prompt_mask: Tensor, max_new_tokens: int):
             query, keys[:, :, now] = torch.cat([rotary, qkv[:, :, :, :2, turned:]], -1).permute(3, 0, 2, 1, 4)
             values[:, :, now] = qkv[:, :, :, 2].transpose(1, 2)
             mixed = nn.functional.scaled_dot_product_attention(query, keys[:, :, :end], values[:, :, :end],
-                                                               attn_mask=bias[:, :, now, :end])
+                                                               attn_mask=bias)
             attended = attention.dense(mixed.transpose(1, 2).flatten(2))
             source = hidden if config.use_parallel_residual else hidden + attended
             hidden = hidden + attended + layer.mlp(layer.post_attention_layernorm(source))

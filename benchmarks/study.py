@@ -5,15 +5,21 @@
 
 In reading order
     1. arms and regimes       what is compared, and where: each is a line of fedppo.py's own flags
-    2. stages                 tune -> headline -> penalty -> regimes -> confirm; which seeds each may use
-    3. one run                fedppo.train with a recorder in place of a run's folder -> one row of study.csv
-    4. schedule               one process of one thread per core, rows appended as they are finished
-    5. main                   then report.py makes tables.json and the pictures from study.csv alone
+    2. stages                 tune -> reported -> confirm, and the seeds that each may use
+    3. labels                 how two communities and a flipped annotator label the same pairs
+    4. one run                fedppo.train with a recorder in place of a run's folder -> one row of study.csv
+    5. schedule               one process of one thread per core, rows appended as they are finished
+    6. main                   then report.py makes tables.md and the pictures from study.csv alone
 
-The protocol. Each arm is tuned on the same grid of beta and learning rate, in the headline regime, on TUNING seeds
-alone: the whole grid on the first, the best cells on all. All other stages run the chosen values (chosen.json) on seeds
-that no choice was made on; CONFIRM seeds are run once, after everything was fixed. A seed redraws the data of every
-agent, reward models, evaluation prompts and sampling, and two arms of one seed share all of them.
+The protocol. Every arm is tuned by one rule in the headline regime, on TUNING seeds alone. On the first of them it
+starts from the same GRID of beta and learning rate; while its best cell has neighbours (twice or half of either) that
+were not run, they are, so that no optimum lies at an edge. Its FINALISTS best cells then run on the other TUNING seeds,
+and the highest mean is chosen. chosen.json has every cell's scores. All other stages use these values on seeds that no
+choice was made on; CONFIRM seeds are run once, after everything was fixed.
+
+A seed redraws every agent's data, reward models, evaluation prompts and sampling, and arms of one seed share them (but
+for the reward models that an arm defines itself: shared, ensemble, centralized). A row is known by its flags: after a
+change of the algorithm remove study.csv.
 """
 
 import argparse
@@ -27,6 +33,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +43,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # everything the study needs is embedded
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
@@ -95,9 +103,10 @@ QUICK_REGIMES = ("iid shards", "two communities")
 TUNING = range(200, 203)
 REPORTED = range(1000, 1020)
 CONFIRM = range(3000, 3020)
-BETAS = (0.06, 0.12, 0.25, 0.5, 1.0)  # for every arm
-LRS = (5e-4, 1e-3)
-FINALISTS = 2  # cells of the grid that go on from the first TUNING seed to the others
+BETAS = (0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0)
+LRS = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+GRID = [(beta, lr) for beta in (0.06, 0.12, 0.25, 0.5, 1.0) for lr in (5e-4, 1e-3)]  # where every arm starts
+FINALISTS = 3  # cells that go on from the first TUNING seed to the others
 ELSEWHERE = 8  # seeds of a regime, the first of REPORTED
 
 
@@ -125,104 +134,105 @@ def job(arm: str, regime: str, seed: int, beta: float, lr: float) -> Job:
     return Job(arm, regime, seed, " ".join(part for part in parts if part))
 
 
-def cells(rows: list[dict], arm: str) -> dict[tuple[float, float], list[float]]:
-    """The arm's grid -> {(beta, lr): final judge's scores of the TUNING seeds that were run, a diverged one -inf}."""
-    lrs = [best(rows, TWINS[arm])[1]] if arm in TWINS else LRS
+Cell = tuple[float, float]  # beta and learning rate
+
+
+def cells(rows: list[dict], arm: str) -> dict[Cell, list[float]]:
+    """What the arm was run at in tuning -> {cell: final judge's scores by TUNING seed, a diverged one -inf}."""
     scores = {key(row): float(row["judge_final"] or "-inf") for row in rows}
-    return {(beta, lr): [scores[j] for j in (job(arm, "headline", seed, beta, lr) for seed in TUNING) if j in scores]
-            for beta in BETAS for lr in lrs}
+    grid = {(beta, lr): [scores[j] for j in (job(arm, "headline", seed, beta, lr) for seed in TUNING) if j in scores]
+            for beta in BETAS for lr in LRS}
+    return {cell: found for cell, found in grid.items() if found}
 
 
-def finalists(rows: list[dict], arm: str) -> list[tuple[float, float]]:
+def finalists(rows: list[dict], arm: str) -> list[Cell]:
     """The cells that were best on the first TUNING seed."""
     first = {cell: scores[0] for cell, scores in cells(rows, arm).items()}
     return sorted(first, key=first.get, reverse=True)[:FINALISTS]
 
 
-def best(rows: list[dict], arm: str) -> tuple[float, float]:
-    """The finalist (beta, lr) with the highest mean over all TUNING seeds."""
+def best(rows: list[dict], arm: str) -> Cell:
+    """The finalist with the highest mean over all TUNING seeds."""
     grid = cells(rows, arm)
     return max(finalists(rows, arm), key=lambda cell: sum(grid[cell]) / len(grid[cell]))
 
 
-def tuning_jobs(rows: list[dict], arms, first: bool) -> list[Job]:
-    """The whole grid on the first TUNING seed, or its finalists on the others."""
-    return [job(arm, "headline", seed, beta, lr) for seed in (TUNING[:1] if first else TUNING[1:]) for arm in arms
-            for beta, lr in (cells(rows, arm) if first else finalists(rows, arm))]
+def neighbours(cell: Cell) -> list[Cell]:
+    """The next cells in beta and in learning rate."""
+    b, k = BETAS.index(cell[0]), LRS.index(cell[1])
+    return ([(BETAS[i], cell[1]) for i in (b - 1, b + 1) if 0 <= i < len(BETAS)] +
+            [(cell[0], LRS[i]) for i in (k - 1, k + 1) if 0 <= i < len(LRS)])
+
+
+def climb_jobs(rows: list[dict], arms: Iterable[str]) -> list[Job]:
+    """What is missing on the first TUNING seed: the GRID, then the neighbours of each arm's best cell so far.
+
+    An arm of TWINS keeps its twin's learning rate.
+    """
+    jobs = []
+    for arm in arms:
+        wanted, known = GRID, cells(rows, arm)
+        if arm in TWINS:
+            wanted = list(dict.fromkeys((beta, best(rows, TWINS[arm])[1]) for beta, _ in GRID))
+        if known.keys() >= set(wanted):
+            wanted = [cell for cell in neighbours(finalists(rows, arm)[0])
+                      if arm not in TWINS or cell[1] == wanted[0][1]]
+        jobs += [job(arm, "headline", TUNING[0], *cell) for cell in wanted if cell not in known]
+    return jobs
+
+
+def final_jobs(rows: list[dict], arms: Iterable[str]) -> list[Job]:
+    """Each arm's finalists on the other TUNING seeds."""
+    return [job(arm, "headline", seed, *cell) for seed in TUNING[1:] for arm in arms for cell in finalists(rows, arm)]
 
 
 def choose(rows: list[dict]) -> dict[str, dict]:
-    """Each arm's best (beta, lr), and what every cell of its grid scored -> the content of chosen.json."""
+    """Each arm's best cell, and what every cell scored -> the content of chosen.json."""
     chosen = {}
     for arm in ARMS | TWINS:
-        beta, lr = best(rows, arm)
-        grid = {f"beta {beta:g}, lr {lr:g}": [round(score, 3) for score in scores]
-                for (beta, lr), scores in cells(rows, arm).items()}
-        chosen[arm] = {"beta": beta, "lr": lr, "judge_final on seeds " + " ".join(map(str, TUNING)): grid}
+        (beta, lr), grid = best(rows, arm), cells(rows, arm)
+        chosen[arm] = {"beta": beta, "lr": lr, "mean": round(sum(grid[beta, lr]) / len(TUNING), 3),
+                       "judge_final on seeds " + " ".join(map(str, TUNING)): {
+                           f"beta {b:g}, lr {k:g}": [round(x, 3) if math.isfinite(x) else None for x in scores]
+                           for (b, k), scores in grid.items()}}
     return chosen
+
+
+ABROAD = ("isolated", "federated", "fedavg")  # arms of the regimes
 
 
 def reported_jobs(chosen: dict[str, dict]) -> list[Job]:
     """All runs on fresh seeds, CONFIRM apart."""
-    jobs = []
-
-    def add(arms, regime: str, seeds) -> None:
-        for seed in seeds:
-            jobs.extend(job(arm, regime, seed, chosen[TUNED_AS.get(arm, arm)]["beta"],
-                            chosen[TUNED_AS.get(arm, arm)]["lr"]) for arm in arms)
-
-    add(ARMS, "headline", REPORTED)
-    add(PENALTY_ARMS, "headline", REPORTED[:ELSEWHERE])
-    for regime in REGIMES:
-        if regime != "headline":
-            extra = COMMUNITY_ARMS if regime == "two communities" else {}
-            add(["isolated", "federated", *extra], regime, REPORTED[:ELSEWHERE])
-    return jobs
+    wanted = [(arm, "headline", seed) for seed in REPORTED for arm in ARMS]
+    wanted += [(arm, "headline", seed) for seed in REPORTED[:ELSEWHERE] for arm in PENALTY_ARMS]
+    for regime in [regime for regime in REGIMES if regime != "headline"]:
+        arms = (*ABROAD, *COMMUNITY_ARMS) if regime == "two communities" else ABROAD
+        wanted += [(arm, regime, seed) for seed in REPORTED[:ELSEWHERE] for arm in arms]
+    return [chosen_job(chosen, *one) for one in wanted]
 
 
 def confirm_jobs(chosen: dict[str, dict]) -> list[Job]:
     """The headline on seeds that nothing was looked at on, after the same and after twice the updates."""
-    twice = ("isolated", "federated")
-    return [job(arm, regime, seed, chosen[arm]["beta"], chosen[arm]["lr"])
-            for seed in CONFIRM for regime in ("headline", "twice the updates")
-            for arm in (ARMS if regime == "headline" else twice)]
+    arms = {"headline": ARMS, "twice the updates": ABROAD}
+    return [chosen_job(chosen, arm, regime, seed) for seed in CONFIRM for regime in arms for arm in arms[regime]]
 
 
-# --------------------------------------------------------------------------------------------------------- one run
-
-COLUMNS = ("arm", "regime", "seed", "settings", "judge_initial", "judge_final", "judge_auc", "reward_final",
-           "reward_auc", "worst_agent", "judge_average", "judge_mixture", "own_truth", "updates_to_0.6",
-           "updates_to_0.8", "kl_initial", "episodes", "bytes", "seconds", "reward_accuracy", "judge_agents",
-           "judge_curve", "reward_curve")
+def chosen_job(chosen: dict[str, dict], arm: str, regime: str, seed: int) -> Job:
+    values = chosen[TUNED_AS.get(arm, arm)]
+    return job(arm, regime, seed, values["beta"], values["lr"])
 
 
-def key(row: dict) -> Job:
-    return Job(row["arm"], row["regime"], int(row["seed"]), row["settings"])
-
-
-class Recorder:
-    """What fedppo.train needs of a Run, in memory."""
-
-    def __init__(self):
-        self.rows: list[dict] = []
-        self.samples: dict = {}
-
-    def log(self, mode: str, seed: int, agent: int, rnd: int, update: int, *, judge: float | None = None,
-            **metrics: float) -> None:
-        self.rows.append({"mode": mode, "seed": seed, "agent": agent, "round": rnd, "update": update, "judge": judge}
-                         | metrics)
-
-    def checkpoint(self, mode: str, seed: int, state: dict) -> None:
-        pass
+# ---------------------------------------------------------------------------------------------------------- labels
 
 
 def community(split: str) -> int:
-    """0: annotators who love sentiment, 1: vividness. Agents 0 and 1 own the topics of the first (4 agents)."""
-    return judge_topics().index(split) % 4 // 2
+    """0: annotators who love sentiment, 1: vividness. Of 4 agents, 0 and 1 own the topics of the first."""
+    return owner(split) // 2
 
 
-def judge_topics() -> list[str]:
-    return sorted(judge.TOPICS)  # the order in which data.make_shards deals them
+def owner(split: str) -> int:
+    """The agent, of 4, that data.make_shards gives a topic to."""
+    return sorted(judge.TOPICS).index(split) % 4
 
 
 def own_truth(number: int, prompt: str, response: str, ended: bool) -> float:
@@ -246,15 +256,43 @@ def relabel(pair: data.Pair, response_length: int) -> data.Pair:
 
 def flip(pair: data.Pair) -> data.Pair:
     """The labels of agent 0's topics are turned round."""
-    flipped = judge_topics().index(pair.split) % 4 == 0
-    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen) if flipped else pair
+    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen) if owner(pair.split) == 0 else pair
+
+
+# --------------------------------------------------------------------------------------------------------- one run
+
+COLUMNS = ("arm", "regime", "seed", "settings", "judge_initial", "judge_final", "judge_auc", "reward_final",
+           "reward_auc", "worst_agent", "own_topics", "judge_average", "judge_mixture", "own_truth",
+           "updates_to_0.6", "updates_to_0.8", "kl_initial", "episodes", "bytes", "seconds", "reward_accuracy",
+           "judge_agents", "judge_curve", "reward_curve")
+
+
+def key(row: dict) -> Job:
+    return Job(row["arm"], row["regime"], int(row["seed"]), row["settings"])
+
+
+class Recorder:
+    """What fedppo.train needs of a Run, in memory."""
+
+    def __init__(self):
+        self.rows: list[dict] = []
+        self.samples: dict = {}
+
+    def log(self, mode: str, seed: int, agent: int, rnd: int, update: int, *, judge: float | None = None,
+            **metrics: float) -> None:
+        self.rows.append({"mode": mode, "seed": seed, "agent": agent, "round": rnd, "update": update, "judge": judge}
+                         | metrics)
+
+    def checkpoint(self, mode: str, seed: int, state: dict) -> None:
+        pass
 
 
 TASKS: dict[tuple, fedppo.Task] = {}  # of this process: the last few, so that arms of one seed share reward models
 
 
-def prepare(job: Job, extra: str) -> tuple[fedppo.World, fedppo.Task, str]:
-    settings, _ = fedppo.parse(["--preset", "tiny", "--device", "cpu", *job.flags.split(), *extra.split()])
+def prepare(job: Job) -> tuple[fedppo.World, fedppo.Task, str]:
+    settings, _ = fedppo.parse(["--preset", "tiny", "--device", "cpu", *job.flags.split()])
+    transformers.utils.logging.disable_progress_bar()
     world = fedppo.World(settings)
     if job.regime == "two communities":
         world.pairs = [relabel(pair, settings.response_length) for pair in world.pairs]
@@ -270,10 +308,10 @@ def prepare(job: Job, extra: str) -> tuple[fedppo.World, fedppo.Task, str]:
     return world, TASKS[task_key], mode
 
 
-def run(job: Job, extra: str = "") -> dict:
-    """Train one arm -> its row. extra: flags of --quick. A run that diverges has no scores."""
+def run(job: Job) -> dict:
+    """Train one arm -> its row. A run that diverges has no scores."""
     torch.set_num_threads(1)
-    world, task, mode = prepare(job, extra)
+    world, task, mode = prepare(job)
     recorder, row = Recorder(), dict.fromkeys(COLUMNS, "")
     row |= {"arm": job.arm, "regime": job.regime, "seed": job.seed, "settings": job.flags}
     try:
@@ -291,11 +329,11 @@ def run(job: Job, extra: str = "") -> dict:
     row |= {"worst_agent": summary["worst_agent_final"], "bytes": summary["bytes"], "seconds": summary["seconds"],
             "reward_auc": rewards[0].mean(), "kl_initial": kl_initial[0][-1],
             "episodes": sum(r["episodes"] for r in rows if r["update"] == last),
-            "own_truth": own_truth_final(world, task, agents) if job.regime == "two communities" else "",
             "reward_accuracy": sum(fit[0] for fit in task.accuracies) / len(task.accuracies),
             "judge_agents": report.join(r["judge"] for r in rows if r["update"] == last),
             "judge_curve": report.join(judged[0]), "reward_curve": report.join(rewards[0])}
-    if len(agents) > 1:
+    row |= by_topic(world, task, counted, job.regime == "two communities")
+    if job.regime == "headline" and len(agents) > 1:
         row |= together(world, task, agents)
     for level in (0.6, 0.8):
         reached = plot.updates_to(updates, judged[0], level)
@@ -337,15 +375,24 @@ class Mixture(torch.nn.Module):
                                past_key_values=[output.past_key_values for output in outputs])
 
 
-def own_truth_final(world: fedppo.World, task: fedppo.Task, agents: list[fedppo.Agent]) -> float:
-    """Mean over agents of their own community's truth, on the responses that the judge scored last."""
-    scores = []
+def by_topic(world: fedppo.World, task: fedppo.Task, agents: list[fedppo.Agent], communities: bool) -> dict:
+    """Of the responses that the judge scored last, means over agents.
+
+    own_topics: the judge's score on the topics that the agent was trained on;  own_truth: with communities, the score
+    by its own community's truth, on all topics.
+    """
+    own_topics, own = [], []
     for agent in agents:
+        topics = {judge.topic_of(prompt) for prompt in agent.prompts}
         for batch in world.batches(task.eval_prompts, agent.policy, fedppo.generator(task.seed, "evaluation")):
-            scorer = data.text_scorer(lambda *texts, number=agent.index // 2: [
-                own_truth(number, *one) for one in zip(*texts, strict=True)], "own truth", world.tokenizer)
-            scores.append(scorer(*batch))
-    return torch.cat(scores).mean().item()
+            prompts = data.decode(world.tokenizer, *batch[:2])
+            known = torch.tensor([judge.topic_of(prompt) in topics for prompt in prompts])
+            own_topics.append(task.judge(*batch)[known])
+            if communities:
+                own.append(data.text_scorer(lambda *texts, number=agent.index // 2: [
+                    own_truth(number, *one) for one in zip(*texts, strict=True)], "own truth", world.tokenizer)(*batch))
+    return {"own_topics": torch.cat(own_topics).mean().item(),
+            "own_truth": torch.cat(own).mean().item() if communities else ""}
 
 
 # -------------------------------------------------------------------------------------------------------- schedule
@@ -353,15 +400,15 @@ def own_truth_final(world: fedppo.World, task: fedppo.Task, agents: list[fedppo.
 
 def load(path: Path) -> list[dict]:
     """The finished runs. Half a last line, as a killed study may leave, is dropped."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 def save(path: Path, rows: list[dict]) -> None:
     """All rows in a fixed order, under a temporary name first."""
-    rows = sorted(rows, key=lambda row: (row["regime"], row["arm"], int(row["seed"]), row["settings"]))
+    arms, regimes = list(ARMS | PENALTY_ARMS | COMMUNITY_ARMS), list(REGIMES)
+    rows = sorted(rows, key=lambda row: (regimes.index(row["regime"]), arms.index(row["arm"]), int(row["seed"]),
+                                         row["settings"]))
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -370,11 +417,7 @@ def save(path: Path, rows: list[dict]) -> None:
     os.replace(temporary, path)
 
 
-def _run(arguments: tuple[Job, str]) -> tuple[Job, dict]:
-    return arguments[0], run(*arguments)
-
-
-def complete(path: Path, jobs: list[Job], stage: str, processes: int, extra: str = "") -> list[dict]:
+def complete(path: Path, jobs: list[Job], stage: str, processes: int) -> list[dict]:
     """Do those of the jobs that path does not hold, and add them to it -> all its rows."""
     rows = load(path)
     done = {key(row) for row in rows}
@@ -388,10 +431,10 @@ def complete(path: Path, jobs: list[Job], stage: str, processes: int, extra: str
         file = stack.enter_context(path.open("a", newline=""))
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes)) if processes > 1 else None
-        for j, row in (pool.imap_unordered if pool else map)(_run, [(j, extra) for j in pending]):
+        for row in (pool.imap_unordered if pool else map)(run, pending):
             writer.writerow(row)
             file.flush()
-            bar.update(j.cost)
+            bar.update(key(row).cost)
     bar.close()
     rows = load(path)
     save(path, rows)
@@ -429,8 +472,10 @@ def staged(results: Path, stages: list[str], processes: int) -> None:
     path, chosen_path = results / "study.csv", results / "chosen.json"
     if "tune" in stages:
         rows = load(path)
-        for arms, first in ((ARMS, True), (ARMS, False), (TWINS, True), (TWINS, False)):
-            rows = complete(path, tuning_jobs(rows, arms, first), "tune", processes)
+        for arms in (ARMS, TWINS):
+            while jobs := climb_jobs(rows, arms):
+                rows = complete(path, jobs, "tune", processes)
+            rows = complete(path, final_jobs(rows, arms), "tune", processes)
         chosen_path.write_text(json.dumps(choose(rows), indent=1) + "\n")
     chosen = json.loads(chosen_path.read_text())
     if "reported" in stages:
@@ -440,11 +485,11 @@ def staged(results: Path, stages: list[str], processes: int) -> None:
 
 
 def quick(results: Path, chosen: dict[str, dict], processes: int) -> None:
-    cells = [(arm, "headline") for arm in ARMS]
-    cells += [(arm, regime) for regime in QUICK_REGIMES for arm in ("isolated", "federated")]
-    jobs = [job(arm, regime, seed, chosen[arm]["beta"], chosen[arm]["lr"]) for seed in REPORTED[:2]
-            for arm, regime in cells]
-    complete(results / "study.csv", jobs, "quick", processes, "--rounds 3 --eval-prompts 64")
+    wanted = [(arm, "headline") for arm in ARMS]
+    wanted += [(arm, regime) for regime in QUICK_REGIMES for arm in ABROAD]
+    jobs = [chosen_job(chosen, arm, regime, seed) for seed in REPORTED[:2] for arm, regime in wanted]
+    jobs = [dataclasses.replace(j, flags=f"{j.flags} --rounds 3 --eval-prompts 64") for j in jobs]
+    complete(results / "study.csv", jobs, "quick", processes)
 
 
 if __name__ == "__main__":
