@@ -24,10 +24,9 @@ import numpy as np  # noqa: E402
 
 import plot  # noqa: E402
 
-UPDATES = 40  # of a run; "twice the updates" has 80
-BASELINES = ("isolated", "classic", "fedavg")  # with the same budget per agent
-SUBJECT = "federated"
-STAGES = {"tuning": range(200, 300), "reported": range(1000, 1100), "confirm": range(3000, 3100)}  # told by their seeds
+BASELINES = ("isolated", "classic", "fedavg")  # with the same budget per agent as SUBJECTS
+SUBJECTS = ("federated", "federated merged")
+STAGES = {"reported": range(1000, 1100), "confirm": range(3000, 3100)}  # told by their seeds
 
 
 def join(numbers: Iterable[float]) -> str:
@@ -39,12 +38,15 @@ def join(numbers: Iterable[float]) -> str:
 
 
 class Study:
-    """The rows of study.csv by arm, regime and stage, and the values that tuning chose."""
+    """The rows of study.csv by arm, regime and stage. Runs that diverged have no scores and are counted apart."""
 
     def __init__(self, folder: Path):
         with (folder / "study.csv").open(newline="") as file:
-            self.rows = [row for row in csv.DictReader(file) if row["judge_final"]]
+            rows = list(csv.DictReader(file))
+        self.rows = [row for row in rows if row["judge_final"]]
+        self.diverged = [row for row in rows if not row["judge_final"]]
         self.arms = list(dict.fromkeys(row["arm"] for row in self.rows))
+        self.regimes = list(dict.fromkeys(row["regime"] for row in self.rows))
 
     def cell(self, arm: str, regime: str, stage: str) -> dict[int, dict]:
         """{seed: row}, seeds ascending. Raises ValueError if a seed was run with two settings."""
@@ -78,11 +80,13 @@ def curve(row: dict, column: str = "judge_curve") -> tuple[np.ndarray, np.ndarra
 
 
 def difference(pairs: np.ndarray) -> str:
-    """[2, S] -> mean of first minus second, its band, and in how many seeds the first is higher."""
-    if pairs.shape[1] < 2:
+    """[2, S] -> mean of first minus second, its band, and in how many seeds the first is higher (a tie is half)."""
+    if pairs.shape[-1] < 2:
         return "–"
     mean, low, high = plot.paired_difference(*pairs)
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {int((pairs[0] > pairs[1]).sum())} of {pairs.shape[1]}"
+    share, _, _ = plot.probability_of_improvement(*pairs)
+    n = pairs.shape[1]
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {share * n:g} of {n}"
 
 
 def level(values: np.ndarray) -> str:
@@ -90,145 +94,166 @@ def level(values: np.ndarray) -> str:
     return f"{plot.iqm(values):.2f} [{low:.2f}, {high:.2f}]"
 
 
-def flags(row: dict) -> dict[str, str]:
-    """beta and lr of a row, as its command has them."""
+def flag(row: dict, name: str, default: str = "") -> str:
+    """The value of a flag in a row's command."""
     words = row["settings"].split()
-    return {name: words[words.index(f"--{name}") + 1] for name in ("beta", "lr")}
+    return words[words.index(name) + 1] if name in words else default
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
 
 
-def headline_table(study: Study, stage: str, arms: Iterable[str]) -> list[str]:
-    """One line per arm in the headline regime."""
-    lines = ["| arm | β, lr | judge, final | mean of the curve | worst agent | "
-             f"`{SUBJECT}` minus this arm, seeds won | updates to 0.6 | KL to initial | own reward | MB received | "
-             "seconds |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for arm in arms:
+def table(header: str, rows: Iterable[list[str]]) -> list[str]:
+    """header: names separated by " | "."""
+    return [f"| {header} |", "|" + "---|" * len(header.split(" | ")), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def headline_table(study: Study, stage: str) -> list[str]:
+    """One line per arm in the headline regime: its final score, and what is between it and the two protagonists."""
+    lines = []
+    for arm in [arm for arm in study.arms if len(study.cell(arm, "headline", stage)) > 1 and "," not in arm]:
+        row = next(iter(study.cell(arm, "headline", stage).values()))
+        apart = ["–" if a == b else difference(study.pairs(a, b, "headline", stage))
+                 for a, b in ((arm, "isolated"), ("federated", arm))]
+        lines.append([f"`{arm}`", f"{flag(row, '--beta')}, {flag(row, '--lr')}",
+                      level(study.values(arm, "headline", stage)), *apart])
+    return table("arm | β, lr | judge, final | minus `isolated`, seeds better | `federated` minus it, seeds better",
+                 lines)
+
+
+def detail_table(study: Study, stage: str) -> list[str]:
+    """The same arms: means over seeds, but for the median of updates."""
+    lines = []
+    for arm in [arm for arm in study.arms if len(study.cell(arm, "headline", stage)) > 1 and "," not in arm]:
         rows = list(study.cell(arm, "headline", stage).values())
-        if len(rows) < 2:
-            continue
-        mean = {name: np.mean([float(row[name]) for row in rows]) for name in
-                ("judge_auc", "worst_agent", "kl_initial", "reward_final", "bytes", "seconds")}
         agents = len(rows[0]["judge_agents"].split())
+        mean = {name: study.values(arm, "headline", stage, name).mean() for name in
+                ("judge_auc", "own_topics", "worst_agent", "reward_final", "kl_initial", "bytes", "seconds")}
         reached = plot.median_updates([plot.updates_to(*curve(row), 0.6) for row in rows])
-        chosen = flags(rows[0])
-        cells = [f"`{arm}`", f"{chosen['beta']}, {chosen['lr']}", level(study.values(arm, "headline", stage)),
-                 f"{mean['judge_auc']:.2f}", f"{mean['worst_agent']:.2f}",
-                 "–" if arm == SUBJECT else difference(study.pairs(SUBJECT, arm, "headline", stage)),
-                 f"{reached:.0f}" if reached <= UPDATES else f"over {UPDATES}", f"{mean['kl_initial']:.1f}",
-                 f"{mean['reward_final']:.2f}", f"{mean['bytes'] / agents / 1e6:.1f}", f"{mean['seconds']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append([f"`{arm}`", str(len(rows)), f"{mean['judge_auc']:.2f}", f"{mean['own_topics']:.2f}",
+                      f"{mean['worst_agent']:.2f}" if agents > 1 else "–",
+                      f"{reached:.0f}" if np.isfinite(reached) else "never", f"{mean['reward_final']:.2f}",
+                      f"{mean['kl_initial']:.1f}", f"{mean['bytes'] / agents / 1e6:.0f}", f"{mean['seconds']:.0f}"])
+    return table("arm | seeds | mean of the curve | on the agent's own topics | worst agent | median updates to 0.6 | "
+                 "own reward | KL to initial, nats | MB received by an agent | seconds", lines)
 
 
-def regime_table(study: Study, subjects: Iterable[str], regimes: Iterable[str], stage: str) -> list[str]:
-    """One line per regime: the level of `isolated`, and each subject's difference from it."""
-    subjects = list(subjects)
-    lines = ["| regime | `isolated` | " + " | ".join(f"`{name}` minus it, seeds won" for name in subjects) + " |",
-             "|---|---|" + "---|" * len(subjects)]
-    for regime in regimes:
+def regime_table(study: Study, stage: str) -> list[str]:
+    """One line per regime: the level of `isolated`, and each other arm's difference from it."""
+    arms = [arm for arm in study.arms if arm in ("federated", "fedavg")]
+    lines = []
+    for regime in study.regimes:
         values = study.values("isolated", regime, stage)
         if len(values) > 1:
-            cells = [difference(study.pairs(name, "isolated", regime, stage)) for name in subjects]
-            lines.append(f"| {regime} | {plot.iqm(values):.2f} | {' | '.join(cells)} |")
-    return lines
+            lines.append([regime, f"{plot.iqm(values):.2f}",
+                          *(difference(study.pairs(arm, "isolated", regime, stage)) for arm in arms),
+                          difference(study.pairs("federated", "fedavg", regime, stage))])
+    return table("regime | `isolated` | " + " | ".join(f"`{arm}` minus `isolated`, seeds better" for arm in arms) +
+                 " | `federated` minus `fedavg`, seeds better", lines)
 
 
 def community_table(study: Study) -> list[str]:
     """Two communities: by the common truth, and each agent by its own community's."""
-    lines = ["| arm | common truth | own truth | common, minus isolated | own, minus isolated |",
-             "|---|---|---|---|---|"]
-    regime, columns = "two communities", ("judge_final", "own_truth")
+    lines, regime, columns = [], "two communities", ("judge_final", "own_truth")
+    for arm in [arm for arm in study.arms if len(study.cell(arm, regime, "reported")) > 1]:
+        levels = [f"{plot.iqm(study.values(arm, regime, 'reported', column)):.2f}" for column in columns]
+        apart = ["–" if arm == "isolated" else difference(study.pairs(arm, "isolated", regime, "reported", column))
+                 for column in columns]
+        lines.append([f"`{arm}`", *levels, *apart])
+    return table("arm | common truth | own truth | common, minus `isolated` | own, minus `isolated`", lines)
+
+
+def together_table(study: Study, stage: str) -> list[str]:
+    """What one more exchange after the last update would give, had the agents then deployed one policy."""
+    lines = []
     for arm in study.arms:
-        if len(study.cell(arm, regime, "reported")) > 1:
-            levels = [f"{plot.iqm(study.values(arm, regime, 'reported', column)):.2f}" for column in columns]
-            apart = ["–" if arm == "isolated" else difference(study.pairs(arm, "isolated", regime, "reported", column))
-                     for column in columns]
-            lines.append(f"| `{arm}` | {' | '.join(levels + apart)} |")
-    return lines
-
-
-def together_table(study: Study, stage: str, arms: Iterable[str]) -> list[str]:
-    """What one more exchange after the last update would give, had the agents deployed one policy."""
-    lines = ["| arm | agents, mean | average of their weights | geometric mixture | average minus agents, seeds won |",
-             "|---|---|---|---|---|"]
-    for arm in arms:
         rows = [row for row in study.cell(arm, "headline", stage).values() if row["judge_average"]]
         if len(rows) > 1:
-            values = {name: np.array([float(row[name]) for row in rows]) for name in
-                      ("judge_final", "judge_average", "judge_mixture")}
-            apart = difference(np.array([values["judge_average"], values["judge_final"]]))
-            levels = " | ".join(f"{plot.iqm(value):.2f}" for value in values.values())
-            lines.append(f"| `{arm}` | {levels} | {apart} |")
-    return lines
+            final, average, mixture = (np.array([float(row[name]) for row in rows]) for name in
+                                       ("judge_final", "judge_average", "judge_mixture"))
+            lines.append([f"`{arm}`", *(f"{plot.iqm(values):.2f}" for values in (final, average, mixture)),
+                          difference(np.array([average, final]))])
+    return table("arm | its agents, mean | average of their weights | geometric mixture | average minus agents, "
+                 "seeds better", lines)
 
 
-def goal_lines(study: Study, stage: str) -> list[str]:
-    """The goals that were set beforehand, and what came of them, for the best of several arms too."""
-    lines = ["| question | `federated` | `federated merged` |", "|---|---|---|"]
-    subjects = ("federated", "federated merged")
+def penalty_table(study: Study) -> list[str]:
+    """Where the KL penalty is charged: each place against exact in the loss on the same seeds."""
+    lines = []
+    for arm in [arm for arm in study.arms if "," in arm and len(study.cell(arm, "headline", "reported")) > 1]:
+        twin = arm.split(",")[0]
+        row = next(iter(study.cell(arm, "headline", "reported").values()))
+        lines.append([f"`{twin}`", arm.split(", ")[1], flag(row, "--beta"),
+                      f"{plot.iqm(study.values(arm, 'headline', 'reported')):.2f}",
+                      difference(study.pairs(arm, twin, "headline", "reported"))])
+    return table("arm | penalty | β | judge, final | minus exact in the loss, seeds better", lines)
 
-    def line(question: str, answers: Iterable[str]) -> None:
-        lines.append(f"| {question} | {' | '.join(answers)} |")
 
+def goal_table(study: Study, stage: str) -> list[str]:
+    """The questions that were asked beforehand."""
+    lines = []
     for arm in (*BASELINES, "isolated 4x batch", "centralized"):
-        line(f"final judge's score minus `{arm}`, seeds won",
-             [difference(study.pairs(name, arm, "headline", stage)) for name in subjects])
-    line("median updates to reach its twin's final `isolated` score (40 updates)",
-         [str(catch_up(study, name, stage)) for name in subjects])
-    line("agents worse than the same agent alone, of all",
-         [worse_agents(study, name, stage) for name in subjects])
-    line("after 80 updates: final judge's score minus `isolated` after 80, seeds won",
-         [difference(study.pairs(name, "isolated", "twice the updates", stage)) for name in subjects])
-    return lines
+        lines.append([f"final score minus `{arm}`, seeds better",
+                      *(difference(study.pairs(name, arm, "headline", stage)) for name in SUBJECTS)])
+    for arm in BASELINES:
+        lines.append([f"median updates to the final score of `{arm}` (its own)",
+                      *(f"{catch_up(study, name, arm, stage)} ({catch_up(study, arm, arm, stage)})"
+                        for name in SUBJECTS)])
+    lines.append(["single agents that end below themselves in `isolated`; mean gain by agent",
+                  *(worse_agents(study, name, stage) for name in SUBJECTS)])
+    for arm in ("isolated", "fedavg"):
+        lines.append([f"after twice the updates: final score minus `{arm}`'s then, seeds better",
+                      *(difference(study.pairs(name, arm, "twice the updates", stage)) for name in SUBJECTS)])
+    return table("question | " + " | ".join(f"`{name}`" for name in SUBJECTS), lines)
 
 
-def catch_up(study: Study, arm: str, stage: str) -> str:
-    """Median over seeds of the updates at which the arm first has the final score of `isolated` on the same seed."""
-    first, second = study.cell(arm, "headline", stage), study.cell("isolated", "headline", stage)
-    reached = [plot.updates_to(*curve(first[seed]), float(second[seed]["judge_final"])) for seed in first
+def catch_up(study: Study, arm: str, other: str, stage: str) -> str:
+    """Median over seeds of the updates at which `arm` first has the score that `other` ends with on the same seed."""
+    first, second = study.cell(arm, "headline", stage), study.cell(other, "headline", stage)
+    reached = [plot.updates_to(*curve(first[seed]), float(second[seed]["judge_curve"].split()[-1])) for seed in first
                if seed in second]
     if not reached:
         return "–"
     median = plot.median_updates(reached)
-    return f"{median:.0f}, {sum(np.isfinite(reached))} of {len(reached)} seeds do" if np.isfinite(median) else "never"
+    return f"{median:.0f}" if np.isfinite(median) else "never"
 
 
 def worse_agents(study: Study, arm: str, stage: str) -> str:
-    """How many single agents end below themselves in `isolated` on the same seed; and agent by agent, on average."""
     first, second = study.cell(arm, "headline", stage), study.cell("isolated", "headline", stage)
     apart = np.array([[float(a) - float(b) for a, b in zip(first[seed]["judge_agents"].split(),
                                                            second[seed]["judge_agents"].split(), strict=True)]
                       for seed in first if seed in second])  # [S, N]
     if not len(apart):
         return "–"
-    means = ", ".join(f"{mean:+.2f}" for mean in apart.mean(0))
-    return f"{int((apart < 0).sum())} of {apart.size} (by agent: {means})"
+    return f"{int((apart < 0).sum())} of {apart.size}; " + ", ".join(f"{mean:+.2f}" for mean in apart.mean(0))
 
 
 def write(folder: Path) -> str:
     """Make tables.md and the pictures from study.csv -> the tables."""
     study = Study(folder)
-    regimes = list(dict.fromkeys(row["regime"] for row in study.rows))
-    regimes = ["headline", *(regime for regime in regimes if regime != "headline")]
-    main = [arm for arm in study.arms if "," not in arm]
-    penalties = ["isolated", "federated", *(arm for arm in study.arms if "," in arm)]
-    lines = ["# Tables of the study", "", "Made by `python benchmarks/report.py` from study.csv. Levels: interquartile "
-             "mean over seeds [95 % bootstrap band]; differences: mean over same-seed pairs [95 % band]."]
-    subjects = [arm for arm in ("federated", "federated merged", "fedavg", "federated in communities")
-                if arm in study.arms]
-    for title, table in {
-            "Headline, confirmation seeds": headline_table(study, "confirm", main),
-            "Goals, confirmation seeds": goal_lines(study, "confirm"),
-            "Headline, reported seeds": headline_table(study, "reported", main),
-            "Goals, reported seeds": goal_lines(study, "reported"),
-            "One policy for all, reported seeds": together_table(study, "reported", main),
-            "Regimes, reported seeds": regime_table(study, subjects, regimes, "reported"),
+    lines = ["# Tables of the study", "",
+             "Made by `python benchmarks/report.py` from study.csv. Columns \"final\" and levels without more: "
+             "interquartile mean over seeds [95 % bootstrap band]. Differences: mean over same-seed pairs [95 % band], "
+             "and in how many seeds the first is better. Other columns: plain means. The own reward is z-scored for "
+             "each reward model, so that `ensemble` and `centralized` have another scale than the rest. With flipped "
+             "labels only the three honest agents count; two communities are judged by the common truth in the table "
+             "of regimes, and by both in their own.",
+             "", f"{len(study.rows) + len(study.diverged)} runs, {len(study.diverged)} of them diverged and are left "
+             f"out; {sum(float(row['seconds']) for row in study.rows) / 3600:.1f} hours of PPO updates on one core."]
+    for title, rows in {
+            "Headline, confirmation seeds": headline_table(study, "confirm"),
+            "Questions, confirmation seeds": goal_table(study, "confirm"),
+            "Details, confirmation seeds": detail_table(study, "confirm"),
+            "One policy for all, confirmation seeds": together_table(study, "confirm"),
+            "Headline, reported seeds": headline_table(study, "reported"),
+            "Questions, reported seeds": goal_table(study, "reported"),
+            "Details, reported seeds": detail_table(study, "reported"),
+            "One policy for all, reported seeds": together_table(study, "reported"),
+            "Regimes, reported seeds": regime_table(study, "reported"),
             "Two communities, reported seeds": community_table(study),
-            "Places of the penalty, reported seeds": headline_table(study, "reported", penalties)}.items():
-        lines += ["", f"## {title}", "", *table]
+            "Places of the penalty, reported seeds": penalty_table(study)}.items():
+        if any("[" in row for row in rows):  # a table of runs that are still to come is left out
+            lines += ["", f"## {title}", "", *rows]
     text = "\n".join(lines) + "\n"
     (folder / "tables.md").write_text(text)
     draw(study, folder)
@@ -240,7 +265,7 @@ def write(folder: Path) -> str:
 STYLES = plot.MODE_STYLES | {
     "classic": ("#CC79A7", (0, (6, 2)), "v"),
     "federated merged": ("#56B4E9", (0, (4, 1, 1, 1)), "P"),
-    "isolated 4x batch": ("#E69F00", (0, (2, 1)), "X"),
+    "federated in communities": ("#E69F00", (0, (2, 1)), "X"),
 }
 
 
@@ -256,95 +281,95 @@ def draw(study: Study, folder: Path) -> None:
 
 
 def draw_curves(figure, study: Study) -> None:
-    """Judge's score and own reward against updates, of the longest runs on the latest seeds that there are."""
-    places = [(regime, stage) for stage in ("confirm", "reported") for regime in ("twice the updates", "headline")]
-    regime, stage = max(places, key=lambda place: (len(study.cell("isolated", *place)), place[0] != "headline"))
-    figure.set_size_inches(10, 4.6)
+    """Judge's score and own reward against updates, on the latest seeds that there are."""
+    arms = [arm for arm in ("isolated", "federated", "federated merged", "fedavg", "classic") if arm in study.arms]
+    stage = max(STAGES, key=lambda stage: (len(study.cell("isolated", "headline", stage)) > 1, stage == "confirm"))
+    figure.set_size_inches(10, 4.8)
     panels = figure.subplots(1, 2, sharex=True)
-    seeds = 0
-    for arm in ("isolated", "federated", "federated merged", "fedavg"):
-        rows = list(study.cell(arm, regime, stage).values())
+    for arm in arms:
+        rows = list(study.cell(arm, "headline", stage).values())
         if len(rows) < 2:
             continue
-        seeds = max(seeds, len(rows))
         color, line, marker = STYLES[arm]
         for axes, column in zip(panels, ("judge_curve", "reward_curve"), strict=True):
             updates = curve(rows[0], column)[0]  # [U]
             values = np.array([curve(row, column)[1] for row in rows])  # [S, U]
             axes.plot(updates, plot.iqm(values), color=color, linestyle=line, linewidth=2, marker=marker, markersize=5,
                       markevery=max(1, len(updates) // 10), label=arm)
-            axes.fill_between(updates, *plot.bootstrap_band(values), color=color, alpha=0.18, linewidth=0)
+            axes.fill_between(updates, *plot.bootstrap_band(values), color=color, alpha=0.15, linewidth=0)
     for axes, label in zip(panels, ("judge's score on held-out prompts", "own reward (z-score)"), strict=True):
         axes.set(xlabel="PPO updates per agent", ylabel=label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False,
-                  handlelength=4)
-    figure.suptitle(f"4 agents, {seeds} seeds: interquartile mean over seeds, 95 % bootstrap band", fontsize=12)
+    if panels[0].lines:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms),
+                      frameon=False, handlelength=4)
+    figure.suptitle(f"4 agents, {len(study.cell('isolated', 'headline', stage))} seeds: interquartile mean over seeds, "
+                    "95 % bootstrap band", fontsize=12)
 
 
 def draw_forest(figure, study: Study) -> None:
     """Difference from `isolated` by regime, with its band, around a zero line."""
-    regimes = [regime for regime in dict.fromkeys(row["regime"] for row in study.rows)
-               if study.pairs("federated", "isolated", regime, "reported").shape[1] > 1]
-    regimes = sorted(regimes, key=lambda regime: regime != "headline")
-    arms = [arm for arm in ("federated", "federated merged", "fedavg") if arm in study.arms]
-    figure.set_size_inches(8.4, 1.8 + 0.5 * len(regimes))
+    rows = [(regime, "judge_final", regime) for regime in study.regimes]
+    rows.append(("two communities", "own_truth", "two communities, own truth"))
+    rows = [row for row in rows if study.pairs("federated", "isolated", *row[:1], "reported").shape[-1] > 1]
+    arms = [arm for arm in ("federated", "fedavg", "federated in communities") if arm in study.arms]
+    figure.set_size_inches(8.4, 2.2 + 0.5 * len(rows))
     axes = figure.subplots()
-    for k, arm in enumerate(arms):
-        color, _, marker = STYLES[arm]
-        shown = False
-        for y, regime in enumerate(regimes):
-            pairs = study.pairs(arm, "isolated", regime, "reported")
-            if pairs.shape[1] < 2:
-                continue
-            mean, low, high = plot.paired_difference(*pairs)
-            axes.errorbar(mean, y + 0.22 * (k - (len(arms) - 1) / 2), xerr=[[mean - low], [high - mean]], color=color,
-                          marker=marker, markersize=6, capsize=3, linestyle="none", label=None if shown else arm)
-            shown = True
+    labels = []
+    for y, (regime, column, name) in enumerate(rows):
+        labels.append(f"{name} ({len(study.cell('isolated', regime, 'reported'))})")
+        for k, arm in enumerate(arms):
+            pairs = study.pairs(arm, "isolated", regime, "reported", column)
+            if pairs.shape[-1] > 1:
+                mean, low, high = plot.paired_difference(*pairs)
+                axes.errorbar(mean, y + 0.24 * (k - 1), xerr=[[mean - low], [high - mean]], color=STYLES[arm][0],
+                              marker=STYLES[arm][2], markersize=6, capsize=3, linestyle="none", label=arm)
     axes.axvline(0, color="black", linewidth=1)
-    counts = [study.pairs("federated", "isolated", regime, "reported").shape[1] for regime in regimes]
-    axes.set_yticks(range(len(regimes)), [f"{regime} ({n})" for regime, n in zip(regimes, counts, strict=True)])
+    axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    axes.set(xlabel="judge's final score minus that of isolated on the same seeds (95 % band)",
-             ylabel="regime (number of seeds)")
+    axes.set(xlabel="final score minus that of isolated on the same seeds, 95 % band", ylabel="regime (seeds)")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def draw_bytes(figure, study: Study) -> None:
     """Judge's score after each round against what an agent has received by then."""
-    lines = {"federated": [("headline", "4 updates a round"), ("1 update a round", "1"), ("2 updates a round", "2"),
-                           ("8 updates a round", "8")],
-             "fedavg": [("headline", "4")], "federated merged": [("headline", "4")]}
-    figure.set_size_inches(8.4, 4.8)
+    lines = {"federated": ["headline", "1 update a round", "2 updates a round", "8 updates a round"],
+             "fedavg": ["headline", "1 update a round", "2 updates a round", "8 updates a round"],
+             "federated merged": ["headline"]}
+    figure.set_size_inches(8.4, 5)
     axes = figure.subplots()
+    seeds = set()
     for arm, regimes in lines.items():
-        color, line, marker = STYLES[arm]
-        for k, (regime, label) in enumerate(regimes):
+        for regime in regimes:
             rows = list(study.cell(arm, regime, "reported").values())[:8]
-            if len(rows) < 2:
-                continue
-            values = plot.iqm(np.array([curve(row)[1] for row in rows]))  # [U]
-            received = np.linspace(0, float(rows[0]["bytes"]) / len(rows[0]["judge_agents"].split()) / 1e6, len(values))
-            axes.plot(received, values, color=color, linestyle=line, marker=marker, markersize=4,
-                      linewidth=2 if k == 0 else 1.2, label=arm if k == 0 else None,
-                      markevery=max(1, len(values) // 10))
-            axes.annotate(label, (received[-1], values[-1]), xytext=(5, 0), textcoords="offset points", fontsize=9,
-                          color=color, va="center")
+            if len(rows) > 1:
+                seeds.add(len(rows))
+                values = plot.iqm(np.array([curve(row)[1] for row in rows]))  # [U]
+                received = np.linspace(0, float(rows[0]["bytes"]) / len(rows[0]["judge_agents"].split()) / 1e6,
+                                       len(values))
+                color, line, marker = STYLES[arm]
+                axes.plot(received, values, color=color, linestyle=line, marker=marker, markersize=4, label=arm,
+                          linewidth=2 if regime == "headline" else 1.2, markevery=max(1, len(values) // 10))
+                axes.annotate(flag(rows[0], "--updates", "4"), (received[-1], values[-1]), xytext=(5, 0),
+                              textcoords="offset points", fontsize=10, color=color, va="center")
     for arm in ("isolated", "centralized"):
         values = study.values(arm, "headline", "reported")[:8]
         if len(values) > 1:
             axes.axhline(plot.iqm(values), color=STYLES[arm][0], linestyle=STYLES[arm][1], label=f"{arm}, final")
-    axes.set(xlabel="MB of policies received by one agent (40 updates in all)",
-             ylabel="judge's score on held-out prompts")
-    axes.margins(x=0.12)
+    axes.set(xlabel="MB of policies that one agent has received", ylabel="judge's score on held-out prompts")
+    axes.margins(x=0.08)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=4)
-    figure.suptitle("8 seeds, interquartile mean; a number says how many local updates each exchange is for",
-                    fontsize=11)
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if named:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, handlelength=4)
+    figure.suptitle(f"Numbers: local updates between two exchanges. {' or '.join(map(str, sorted(seeds)))} seeds, "
+                    "interquartile mean", fontsize=11)
 
 
 def main(argv: list[str]) -> int:

@@ -593,6 +593,10 @@ def test_both_places_need_the_undiscounted_sum(refused):
     assert "--gamma 1" in refused("--penalty", "both", "--gamma", "0.9")
 
 
+def test_merge_needs_an_exchange_to_merge_at(refused):
+    assert "--mode federated" in refused("--merge", "--mode", "isolated", "fedavg")
+
+
 def test_the_users_own_tiny_folder_is_not_the_embedded_one(tmp_path, monkeypatch):
     (tmp_path / "tiny" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

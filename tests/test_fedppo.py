@@ -152,6 +152,14 @@ def test_federated_with_identity_matrix_is_isolated_bit_for_bit(tmp_path):
         assert len(weights) == 1
 
 
+def test_merging_with_the_whole_weight_on_the_anchor_still_merges(small):
+    world, _ = small
+    task = make_task(world, 0, pooled=False)
+    matrices = [fedppo.enrol(fresh(world, anchor=1.0, merge=merge), task, "federated")[1] for merge in (False, True)]
+    assert torch.equal(matrices[0], torch.eye(3, dtype=torch.float64)), "no peer is heard, so none sends"
+    assert (matrices[1] > 0).all()
+
+
 def test_merging_by_equal_weights_under_the_rule_weights_is_fedavg_bit_for_bit(tmp_path):
     flags = ["--agents", "2", "--rounds", "3"]
     one = main(tmp_path, "merged", *flags, "--merge", "--rule", "weights", "--topology", "uniform")

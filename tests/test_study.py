@@ -255,33 +255,45 @@ def test_finished_runs_are_not_repeated_and_a_broken_last_line_is(tmp_path, monk
 
 
 def results(folder: Path, gain: float = 0.3) -> Path:
-    """A study of 8 seeds in which federated is better than isolated by `gain` on every seed."""
+    """A study of 8 seeds in which federated is better than isolated by `gain` on every seed, and one run diverged."""
     rows = []
-    for arm, plus in (("isolated", 0.0), ("federated", gain), ("fedavg", 2 * gain), ("federated merged", gain)):
+    arms = {"isolated": 0.0, "federated": gain, "fedavg": 2 * gain, "federated merged": gain, "isolated, both": -gain}
+    for arm, plus in arms.items():
         for regime in ("headline", "twice the updates", "two communities", "1 update a round"):
             for seed in (*range(1000, 1008), *range(3000, 3008)):
                 final = 0.5 + 0.01 * (seed % 10) + plus
                 job = study.job(arm, regime, seed, 0.2, 1e-3)
                 rows.append(fake_run(job) | dict.fromkeys(
-                    ("judge_auc", "worst_agent", "judge_average", "judge_mixture", "own_truth", "kl_initial",
-                     "reward_final", "seconds", "bytes"), "1") | {
+                    ("judge_auc", "worst_agent", "own_topics", "judge_average", "judge_mixture", "own_truth",
+                     "kl_initial", "reward_final", "seconds", "bytes"), "1") | {
                     "judge_final": str(final), "judge_agents": report.join([final - 0.1, final + 0.1]),
                     "judge_curve": report.join([0.2, final / 2 + 0.2, final]),
                     "reward_curve": report.join(np.linspace(0, 1, 40))})
+    rows.append(fake_run(study.job("isolated", "headline", 1009, 0.2, 1e-3)) | {"judge_final": ""})
     study.save(folder / "study.csv", rows)
     return folder
 
 
 def test_tables_and_pictures_of_a_known_study(tmp_path):
     text = report.write(results(tmp_path))
-    assert (tmp_path / "tables.md").read_text() == text
-    assert "+0.30 [+0.30, +0.30], 8 of 8" in text and "-0.30 [-0.30, -0.30], 0 of 8" in text
-    assert "| `federated` | 0.2, 0.001 | 0.8" in text, "the interquartile mean is 0.835"
-    line = next(line for line in text.splitlines() if line.startswith("| median updates to reach"))
-    assert "| 20, 8 of 8 seeds do |" in line, "0.5 is passed at the middle one of its three evaluations"
-    assert "0 of 16 (by agent: +0.30, +0.30)" in text
+    assert (tmp_path / "tables.md").read_text() == text and "1 of them diverged" in text
+    headline = text.split("## Headline, confirmation seeds")[1].split("##")[0]
+    assert "| `federated` | 0.2, 0.001 | 0.8" in headline, "the interquartile mean is 0.835"
+    assert "| +0.30 [+0.30, +0.30], 8 of 8 | – |" in headline, "of federated over isolated; itself"
+    assert "| +0.60 [+0.60, +0.60], 8 of 8 | -0.30 [-0.30, -0.30], 0 of 8 |" in headline, "fedavg"
+    assert "median updates to the final score of `isolated` (its own) | 20 (40) | 20 (40) |" in text
+    assert "`fedavg` (its own) | never (40) | never (40) |" in text
+    assert "| 0 of 16; +0.30, +0.30 |" in text
+    penalty = next(line for line in text.splitlines() if line.startswith("| `isolated` | both | 0.2 | 0.2"))
+    assert penalty.endswith("| -0.30 [-0.30, -0.30], 0 of 8 |")
     for name in ("curves", "forest", "bytes"):
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000 and (tmp_path / f"{name}.svg").exists()
+
+
+def test_tables_of_a_study_that_has_hardly_begun(tmp_path):
+    rows = study.load(results(tmp_path) / "study.csv")
+    study.save(tmp_path / "study.csv", [row for row in rows if row["seed"] == "1000"])
+    assert "##" not in report.write(tmp_path), "no differences of single seeds"
 
 
 def test_two_settings_of_one_run_are_an_error(tmp_path):
