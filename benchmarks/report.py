@@ -140,16 +140,14 @@ def detail_table(study: Study, stage: str) -> list[str]:
 
 def regime_table(study: Study, stage: str) -> list[str]:
     """One line per regime: the level of `isolated`, and each other arm's difference from it."""
-    arms = [arm for arm in study.arms if arm in ("federated", "fedavg")]
+    arms = [arm for arm in study.arms if arm in ("fedavg", "federated", "federated merged")]
     lines = []
     for regime in study.regimes:
         values = study.values("isolated", regime, stage)
         if len(values) > 1:
             lines.append([regime, f"{plot.iqm(values):.2f}",
-                          *(difference(study.pairs(arm, "isolated", regime, stage)) for arm in arms),
-                          difference(study.pairs("federated", "fedavg", regime, stage))])
-    return table("regime | `isolated` | " + " | ".join(f"`{arm}` minus `isolated`, seeds better" for arm in arms) +
-                 " | `federated` minus `fedavg`, seeds better", lines)
+                          *(difference(study.pairs(arm, "isolated", regime, stage)) for arm in arms)])
+    return table("regime | `isolated` | " + " | ".join(f"`{arm}` minus it, seeds better" for arm in arms), lines)
 
 
 def community_table(study: Study) -> list[str]:
@@ -313,8 +311,8 @@ def draw_forest(figure, study: Study) -> None:
     rows = [(regime, "judge_final", regime) for regime in study.regimes]
     rows.append(("two communities", "own_truth", "two communities, own truth"))
     rows = [row for row in rows if study.pairs("federated", "isolated", *row[:1], "reported").shape[-1] > 1]
-    arms = [arm for arm in ("federated", "fedavg", "federated in communities") if arm in study.arms]
-    figure.set_size_inches(8.4, 2.2 + 0.5 * len(rows))
+    arms = [arm for arm in ("federated", "fedavg", "federated merged", "federated in communities") if arm in study.arms]
+    figure.set_size_inches(8.4, 2.2 + 0.6 * len(rows))
     axes = figure.subplots()
     labels = []
     for y, (regime, column, name) in enumerate(rows):
@@ -323,7 +321,7 @@ def draw_forest(figure, study: Study) -> None:
             pairs = study.pairs(arm, "isolated", regime, "reported", column)
             if pairs.shape[-1] > 1:
                 mean, low, high = plot.paired_difference(*pairs)
-                axes.errorbar(mean, y + 0.24 * (k - 1), xerr=[[mean - low], [high - mean]], color=STYLES[arm][0],
+                axes.errorbar(mean, y + 0.2 * (k - 1.5), xerr=[[mean - low], [high - mean]], color=STYLES[arm][0],
                               marker=STYLES[arm][2], markersize=6, capsize=3, linestyle="none", label=arm)
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), labels)
@@ -333,7 +331,7 @@ def draw_forest(figure, study: Study) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if named:
-        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, frameon=False)
 
 
 def draw_bytes(figure, study: Study) -> None:

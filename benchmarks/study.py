@@ -5,7 +5,7 @@
 
 In reading order
     1. arms and regimes       what is compared, and where: each is a line of fedppo.py's own flags
-    2. stages                 tune -> reported -> confirm, and the seeds that each may use
+    2. stages                 tune -> reported -> penalty -> confirm, and the seeds that each may use
     3. labels                 how two communities and a flipped annotator label the same pairs
     4. one run                fedppo.train with a recorder in place of a run's folder -> one row of study.csv
     5. schedule               one process of one thread per core, rows appended as they are finished
@@ -15,7 +15,8 @@ The protocol. Every arm is tuned by one rule in the headline regime, on TUNING s
 starts from the same GRID of beta and learning rate; while its best cell has neighbours (twice or half of either) that
 were not run, they are, so that no optimum lies at an edge. Its FINALISTS best cells then run on the other TUNING seeds,
 and the highest mean is chosen. chosen.json has every cell's scores. All other stages use these values on seeds that no
-choice was made on; CONFIRM seeds are run once, after everything was fixed.
+choice was made on (penalty first tunes where the KL penalty is charged, likewise); CONFIRM seeds are run once, after
+everything was fixed.
 
 A seed redraws every agent's data, reward models, evaluation prompts and sampling, and arms of one seed share them (but
 for the reward models that an arm defines itself: shared, ensemble, centralized). A row is known by its flags: after a
@@ -79,21 +80,21 @@ COMMUNITY_ARMS = {"federated in communities": f"--mode federated --topology {HER
 TUNED_AS = {"federated in communities": "federated"}  # arms of one regime only, with another arm's beta and lr
 REGIMES = {  # name: flags on top of an arm's
     "headline": "",
+    "shared reward": "--reward shared",
+    "iid shards": "--shards iid",
+    "two communities": "",
+    "twice the updates": "--rounds 20",
     "50 pairs": "--pairs 50",
     "100 pairs": "--pairs 100",
     "400 pairs": "--pairs 400",
-    "shared reward": "--reward shared",
-    "iid shards": "--shards iid",
     "2 agents": "--agents 2",
     "8 agents": "--agents 8",
-    "half the lr": "",
-    "twice the lr": "",
+    "flipped labels": "",
     "1 update a round": "--rounds 40 --updates 1",
     "2 updates a round": "--rounds 20 --updates 2",
     "8 updates a round": "--rounds 5 --updates 8",
-    "twice the updates": "--rounds 20",
-    "flipped labels": "",
-    "two communities": "",
+    "half the lr": "",
+    "twice the lr": "",
 }
 LR_FACTOR = {"half the lr": 0.5, "twice the lr": 2.0}
 QUICK_REGIMES = ("iid shards", "two communities")
@@ -187,9 +188,9 @@ def final_jobs(rows: list[dict], arms: Iterable[str]) -> list[Job]:
 
 
 def choose(rows: list[dict]) -> dict[str, dict]:
-    """Each arm's best cell, and what every cell scored -> the content of chosen.json."""
+    """Each tuned arm's best cell, and what every cell scored -> the content of chosen.json."""
     chosen = {}
-    for arm in ARMS | TWINS:
+    for arm in [arm for arm in ARMS | TWINS if cells(rows, arm)]:
         (beta, lr), grid = best(rows, arm), cells(rows, arm)
         chosen[arm] = {"beta": beta, "lr": lr, "mean": round(sum(grid[beta, lr]) / len(TUNING), 3),
                        "judge_final on seeds " + " ".join(map(str, TUNING)): {
@@ -198,17 +199,19 @@ def choose(rows: list[dict]) -> dict[str, dict]:
     return chosen
 
 
-ABROAD = ("isolated", "federated", "fedavg")  # arms of the regimes
+PROTAGONISTS = ("isolated", "classic", "fedavg", "federated", "federated merged", "centralized")
+ABROAD = ("isolated", "fedavg", "federated", "federated merged")  # arms of the regimes
 
 
 def reported_jobs(chosen: dict[str, dict]) -> list[Job]:
-    """All runs on fresh seeds, CONFIRM apart."""
-    wanted = [(arm, "headline", seed) for seed in REPORTED for arm in ARMS]
-    wanted += [(arm, "headline", seed) for seed in REPORTED[:ELSEWHERE] for arm in PENALTY_ARMS]
+    """The headline and the regimes on fresh seeds; the first seeds of the headline come first, the last ones last."""
+    wanted = [(arm, "headline", seed) for seed in REPORTED[:ELSEWHERE] for arm in ARMS]
+    wanted += [(arm, "headline", seed) for seed in REPORTED for arm in PROTAGONISTS]
     for regime in [regime for regime in REGIMES if regime != "headline"]:
         arms = (*ABROAD, *COMMUNITY_ARMS) if regime == "two communities" else ABROAD
         wanted += [(arm, regime, seed) for seed in REPORTED[:ELSEWHERE] for arm in arms]
-    return [chosen_job(chosen, *one) for one in wanted]
+    wanted += [(arm, "headline", seed) for seed in REPORTED for arm in ARMS]
+    return [chosen_job(chosen, *one) for one in dict.fromkeys(wanted)]
 
 
 def confirm_jobs(chosen: dict[str, dict]) -> list[Job]:
@@ -443,7 +446,7 @@ def complete(path: Path, jobs: list[Job], stage: str, processes: int) -> list[di
 
 # ------------------------------------------------------------------------------------------------------------ main
 
-STAGES = ("tune", "reported", "confirm")
+STAGES = ("tune", "reported", "penalty", "confirm")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -471,17 +474,24 @@ def main(argv: list[str] | None = None) -> int:
 def staged(results: Path, stages: list[str], processes: int) -> None:
     path, chosen_path = results / "study.csv", results / "chosen.json"
     if "tune" in stages:
-        rows = load(path)
-        for arms in (ARMS, TWINS):
-            while jobs := climb_jobs(rows, arms):
-                rows = complete(path, jobs, "tune", processes)
-            rows = complete(path, final_jobs(rows, arms), "tune", processes)
-        chosen_path.write_text(json.dumps(choose(rows), indent=1) + "\n")
-    chosen = json.loads(chosen_path.read_text())
+        tune(path, chosen_path, ARMS, processes)
     if "reported" in stages:
-        complete(path, reported_jobs(chosen), "reported", processes)
+        complete(path, reported_jobs(json.loads(chosen_path.read_text())), "reported", processes)
+    if "penalty" in stages:
+        tune(path, chosen_path, TWINS, processes)
+        chosen = json.loads(chosen_path.read_text())
+        complete(path, [chosen_job(chosen, arm, "headline", seed) for seed in REPORTED[:ELSEWHERE]
+                        for arm in PENALTY_ARMS], "penalty", processes)
     if "confirm" in stages:
-        complete(path, confirm_jobs(chosen), "confirm", processes)
+        complete(path, confirm_jobs(json.loads(chosen_path.read_text())), "confirm", processes)
+
+
+def tune(path: Path, chosen_path: Path, arms: Iterable[str], processes: int) -> None:
+    rows = load(path)
+    while jobs := climb_jobs(rows, arms):
+        rows = complete(path, jobs, "tune", processes)
+    rows = complete(path, final_jobs(rows, arms), "tune", processes)
+    chosen_path.write_text(json.dumps(choose(rows), indent=1) + "\n")
 
 
 def quick(results: Path, chosen: dict[str, dict], processes: int) -> None:
