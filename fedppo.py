@@ -26,6 +26,7 @@ Departures from the papers
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -36,8 +37,10 @@ import platform
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import typing
 from dataclasses import dataclass
@@ -86,6 +89,8 @@ class Settings:
     out: str = setting("runs", "folder of all runs", group="run")
     name: str = setting("", "this run's folder inside --out (default: the modes and the time)", group="run")
     resume: str = setting("", "folder of an interrupted run to continue, with the settings it has", group="run")
+    save_every: int = setting(1, "rounds between two checkpoints, of which the last two are kept: each holds N "
+                              "policies with Adam's moments", group="run")
     check: bool = setting(False, "only run the preflight checks, on the first seed", group="run")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu", group="run")
     threads: int = setting(1, "CPU threads of torch; 0: torch decides. One is best for a tiny model; results are equal "
@@ -246,6 +251,10 @@ def _resumed(given: dict) -> tuple[Settings, str]:
         if name not in ("resume", "device") and value != "auto" and value != values[name]:
             raise UserError(f"--{name.replace('_', '-')} {_show(value)} differs from the run's {_show(values[name])}: "
                             "--resume continues with the settings in its config.json")
+    for name in ("judge", "reward"):  # a folder can come from elsewhere: code that it names is not run
+        if ".py:" in values[name] and name not in given and not embedded(values[name].rpartition(":")[0]):
+            raise UserError(f"--resume {given['resume']}: the run's --{name} is the function {values[name]}; a folder "
+                            "is not trusted to name code, so give the flag again")
     settings = dataclasses.replace(settings, resume=given["resume"], device=given.get("device", settings.device))
     try:
         settings = replace_auto(settings)
@@ -282,9 +291,9 @@ def choose_preset(given: dict) -> tuple[str, str]:
 
 def check_settings(s: Settings) -> None:
     """Refuse what cannot work, before anything is loaded. Raises UserError."""
-    positive = ("agents", "pairs", "eval_prompts", "reward_lr", "reward_epochs", "reward_batch", "rounds", "updates",
-                "batch", "response_length", "temperature", "epochs", "minibatches", "micro_batch", "lr", "clip",
-                "value_clip", "max_grad_norm", "kl_target", "kl_horizon")
+    positive = ("agents", "save_every", "pairs", "eval_prompts", "reward_lr", "reward_epochs", "reward_batch",
+                "rounds", "updates", "batch", "response_length", "temperature", "epochs", "minibatches", "micro_batch",
+                "lr", "clip", "value_clip", "max_grad_norm", "kl_target", "kl_horizon")
     fractions = ("self_weight", "anchor", "gamma", "lam")
     flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(s)}
     for name in positive:
@@ -422,6 +431,7 @@ class Task:
     eval_prompts: list[str]
     judge: data.Scorer | None
     judge_accuracy: tuple[float, int] | None
+    probe: torch.Tensor  # [n] the scorers' scores of some samples: a resumed run must fit the same reward models
 
 
 def deal(world: World, seed: int) -> tuple[list[str], list[data.Shard], list[data.Pair]]:
@@ -461,8 +471,8 @@ def make_task(world: World, seed: int, pooled: bool) -> Task:
     if s.reward == "ensemble":
         mean = data.mean_scorer(scorers)
         scorers = [data.normalised(mean, own)[0] for own in samples]
-    return Task(seed, shards, scorers, [accuracy for _, accuracy in fitted], eval_prompts, judge,
-                judge_accuracy)
+    probe = torch.cat([scorer(*own[0]) for scorer, own in zip(scorers, samples, strict=True)]).cpu()
+    return Task(seed, shards, scorers, [accuracy for _, accuracy in fitted], eval_prompts, judge, judge_accuracy, probe)
 
 
 def fit_reward(world: World, train: list[data.Pair], heldout: list[data.Pair],
@@ -499,6 +509,11 @@ class Agent:
     def beta(self) -> float:
         return self.adaptive.coef if self.adaptive else self.first_beta
 
+    @property
+    def done(self) -> int:
+        """PPO updates that are behind this agent."""
+        return self.schedule.last_epoch
+
     def next_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next B of the agent's prompts, every prompt once per pass -> ids, mask [B, Q], left-padded."""
         while len(self.queue) < self.batch:
@@ -513,7 +528,7 @@ class Agent:
         s, world, beta = self.settings, self.world, self.beta
         rollout = ppo_core.collect(self.policy, references, weights, world.initial, self.scorer, *self.next_prompts(),
                                    s, eos_id=world.eos_id, pad_id=world.pad_id, generator=self.streams["sampling"])
-        number = self.schedule.last_epoch + 1
+        number = self.done + 1
         try:
             metrics = ppo_core.optimise(self.policy, self.optimizer, rollout, weights, beta, s,
                                         self.streams["minibatches"])
@@ -610,23 +625,38 @@ def train(world: World, task: Task, mode: str, run: "Run", saved: dict | None = 
     s = world.settings
     agents, matrix = enrol(world, task, mode)
     frozen = [world.new_policy().requires_grad_(False) for _ in agents]
-    for i, agent in enumerate(agents):
-        if saved:
-            agent.load_state_dict(saved["agents"][i])
-        else:
-            run.log(mode, task.seed, i, 0, 0, judge=judge_agent(agent, task, mode, "before", run),
-                    reward_accuracy=(task.accuracies[i] or [None])[0])
-    for rnd in range(saved["round"] if saved else 0, s.rounds):
-        for agent, size in zip(agents, exchange(agents, frozen, mode, matrix), strict=True):
-            agent.received += size
+    if saved:
+        restore(agents, frozen, task, saved)
+    for agent in [] if saved else agents:
+        run.log(mode, task.seed, agent.index, 0, 0, judge=judge_agent(agent, task, mode, "before", run),
+                reward_accuracy=(task.accuracies[agent.index] or [None])[0])
+    for rnd in range(min(agent.done for agent in agents) // s.updates, s.rounds):
+        if all(agent.done == rnd * s.updates for agent in agents):  # else a resumed run is inside this round
+            for agent, size in zip(agents, exchange(agents, frozen, mode, matrix), strict=True):
+                agent.received += size
         for agent in agents:
             references, weights = cooperate(frozen, matrix[agent.index], world)
-            for update in range(rnd * s.updates + 1, (rnd + 1) * s.updates + 1):
+            for update in range(agent.done + 1, (rnd + 1) * s.updates + 1):
                 metrics = agent.update(references, weights)
                 judged = judge_agent(agent, task, mode, "after", run) if update % s.updates == 0 else None
                 run.log(mode, task.seed, agent.index, rnd + 1, update, judge=judged, bytes=agent.received, **metrics)
-        run.checkpoint(mode, task.seed, {"round": rnd + 1, "agents": [agent.state_dict() for agent in agents]})
+                if run.stop:
+                    run.checkpoint(mode, task, agents, frozen)
+                    raise Stopped(run.stop)
+        if (rnd + 1) % s.save_every == 0 or rnd + 1 == s.rounds:
+            run.checkpoint(mode, task, agents, frozen)
     return agents
+
+
+def restore(agents: list[Agent], frozen: list[ppo_core.Policy], task: Task, saved: dict) -> None:
+    """Bring agents and references back to where a checkpoint was made. Raises UserError."""
+    if not torch.allclose(saved["probe"], task.probe, atol=1e-2):
+        raise UserError("the reward models fitted now differ from those that the run was started with: continue it on "
+                        "the data, version and machine that it was started on")
+    for agent, state in zip(agents, saved["agents"], strict=True):
+        agent.load_state_dict(state)
+    for policy, state in zip(frozen, saved["frozen"], strict=False):  # none at the end of a round
+        policy.model.load_state_dict(state)
 
 
 def judge_agent(agent: Agent, task: Task, mode: str, when: str, run: "Run") -> float | None:
@@ -741,7 +771,8 @@ class Run:
         self.settings, self.world = s, world
         self.rows: list[dict] = []
         self.samples: dict[str, list[dict]] = {}
-        self.saved: dict = {}
+        self.saved: dict = {"rows": 0}  # the checkpoint that a resumed run goes on from
+        self.stop = 0  # the signal that asks the run to stop after the update it is in
         self.folder = Path(s.resume) if s.resume else new_folder(s)
         if s.resume:
             self._load()
@@ -756,18 +787,29 @@ class Run:
         return self.settings.rounds * self.settings.updates * (1 if mode == "centralized" else self.settings.agents)
 
     def _load(self) -> None:
-        """Go back to the last checkpoint: rows written after it are dropped."""
-        try:
-            self.saved = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            self.saved = {"rows": 0}
-        except Exception as error:
-            raise UserError(f"{self.folder / 'checkpoint.pt'} cannot be read: {error}") from None
-        self.samples = self.saved.get("samples", {})
+        """Go back to the last checkpoint that can be read: rows written after it are dropped. Raises UserError."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines()[:self.saved["rows"]] if path.exists() else []
-        self.rows = [json.loads(line) for line in lines]
-        path.write_text("".join(line + "\n" for line in lines))
+        lines = path.read_text().splitlines() if path.exists() else []
+        checkpoints = self.checkpoints()
+        for file in reversed(checkpoints):
+            try:
+                saved = torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain values alone
+                self.saved, self.samples = saved, saved["samples"]
+                self.rows = [json.loads(line) for line in lines[:saved["rows"]]]
+                if len(self.rows) < saved["rows"]:
+                    raise ValueError(f"metrics.jsonl has {len(self.rows)} of the {saved['rows']} lines it speaks of")
+                break
+            except Exception as error:  # torch.load fails in many ways
+                reason = " ".join(str(error).split())[:100]
+                if file == checkpoints[0]:
+                    raise UserError(f"{file} cannot be read ({reason}), and there is no other checkpoint") from None
+                print(f"warning: {file} cannot be read ({reason}); the run goes on from the checkpoint before it")
+                file.unlink()
+        path.write_text("".join(line + "\n" for line in lines[:self.saved["rows"]]))
+
+    def checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first; a name has the number of rows that were written before."""
+        return sorted(self.folder.glob("checkpoint-*.pt"))
 
     def log(self, mode: str, seed: int, agent: int, rnd: int, update: int, *, judge: float | None = None,
             **metrics: float) -> None:
@@ -788,12 +830,23 @@ class Run:
                       if (r["mode"], r["seed"]) == (mode, seed) and r["judge"] is not None}
             self.bar.set_postfix_str("judge " + " ".join(f"{score:.2f}" for score in latest.values()))
 
-    def checkpoint(self, mode: str, seed: int, state: dict) -> None:
-        """All that is needed to continue after this round, under a temporary name first."""
-        path = self.folder / "checkpoint.pt"
-        torch.save(state | {"mode": mode, "seed": seed, "rows": len(self.rows), "samples": self.samples},
-                   path.with_suffix(".tmp"))
+    def checkpoint(self, mode: str, task: Task, agents: list[Agent], frozen: list[ppo_core.Policy]) -> None:
+        """All that is needed to continue from here; written under a temporary name first, the last two are kept.
+
+        References are made anew at the next exchange: only inside a round must they be kept.
+        """
+        inside = len({agent.done for agent in agents}) > 1 or agents[0].done % self.settings.updates > 0
+        state = {"mode": mode, "seed": task.seed, "rows": len(self.rows), "samples": self.samples, "probe": task.probe,
+                 "agents": [agent.state_dict() for agent in agents],
+                 "frozen": [policy.model.state_dict() for policy in frozen if inside]}
+        path = self.folder / f"checkpoint-{len(self.rows):08d}.pt"
+        with path.with_suffix(".tmp").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name without its content
         os.replace(path.with_suffix(".tmp"), path)
+        for old in self.checkpoints()[:-2]:
+            old.unlink()
 
     def finished(self, seed: int, mode: str) -> bool:
         """Whether a resumed run has this arm complete, its agents saved."""
@@ -825,7 +878,8 @@ class Run:
         (self.folder / "samples.md").write_text(samples_page(self.samples, self.settings))
         picture, _ = plot.draw([self.folder], self.folder / "curves.png")
         write_json(self.folder / "summary.json", summary)  # last of all: it marks the run as finished
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        for file in [*self.checkpoints(), *self.folder.glob("checkpoint-*.tmp")]:
+            file.unlink()
         return (f"{plot.table(summary)}\n\npicture   {picture}\nsamples   {self.folder / 'samples.md'}\n"
                 f"agents    {self.folder / 'agents'}")
 
@@ -940,21 +994,48 @@ def execute(s: Settings, reason: str) -> None:
         return
     run = Run(s, world, reason)
     try:
-        for seed in s.seeds:
-            run_seed(world, seed, run)
+        with stop_after_an_update(run):
+            for seed in s.seeds:
+                run_seed(world, seed, run)
     except UserError:
         run.discard()
         raise
-    except (KeyboardInterrupt, FloatingPointError) as stop:
+    except FloatingPointError as error:
         run.bar.close()
-        if isinstance(stop, FloatingPointError):
-            last = run.rows[-1]
-            raise FloatingPointError(f"{last['mode']}, seed {last['seed']}, {stop} "
-                                     f"(metrics so far: {run.folder})") from None
-        where = "continues from the last finished round" if (run.folder / "checkpoint.pt").exists() else "starts over"
+        last = run.rows[-1]
+        raise FloatingPointError(f"{last['mode']}, seed {last['seed']}, {error} "
+                                 f"(metrics so far: {run.folder})") from None
+    except (KeyboardInterrupt, Stopped) as stop:
+        run.bar.close()
+        where = "continues after this update" if isinstance(stop, Stopped) else (
+            "continues from the last checkpoint" if run.checkpoints() else "starts over")
         print(f"\ninterrupted: {shlex.join([sys.executable, sys.argv[0], '--resume', str(run.folder)])} {where}")
         raise
     print(f"{run.finish()}\n{time.perf_counter() - started:.0f} s in all")
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and everything up to its last update is saved."""
+
+
+@contextlib.contextmanager
+def stop_after_an_update(run: Run):
+    """The first SIGINT (Ctrl-C) or SIGTERM lets the update in hand end and be saved; a second one stops at once."""
+    def ask(number: int, frame) -> None:
+        if run.stop:
+            raise KeyboardInterrupt
+        run.stop = number
+        tqdm.write("stopping after this update (again: at once)")
+
+    if threading.current_thread() is not threading.main_thread():  # no handler can be set there
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_seed(world: World, seed: int, run: Run) -> None:
@@ -983,7 +1064,7 @@ def report(world: World, checks: list[Check]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 training diverged, 2 a mistake the user can mend, 130 interrupted."""
+    """Exit codes: 0 done, 1 training diverged, 2 a mistake the user can mend, 130 or 143 stopped by a signal."""
     try:
         execute(*parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -992,6 +1073,8 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        return 128 + stop.args[0]
     except KeyboardInterrupt:
         return 130
     return 0

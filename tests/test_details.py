@@ -96,6 +96,8 @@ def task_of(task, n: int):
 class Log:
     """Stands for a run's folder: keeps what train() logs, writes nothing."""
 
+    stop = 0
+
     def __init__(self):
         self.rows, self.samples = [], {}
 

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import fedppo
 import kl
 
 ROOT = Path(kl.__file__).parent
@@ -39,20 +41,31 @@ def test_ci_runs_the_readmes_test_command():
     assert f"```sh\n{command}\n```" in README
 
 
-def test_results_table_is_the_summary_files():
-    """Each row: mode | judge before | after | area | worst agent | own reward."""
-    summary = json.loads((ROOT / "results/isolated-federated/summary.json").read_text())
-    for mode, entry in summary["modes"].items():
-        mean = entry["mean"]
-        keys = ("judge_initial", "judge_final", "judge_auc", "worst_agent_final", "reward_final")
-        cells = " | ".join(f"{mean[key]:.2f}" for key in keys)
-        assert f"| {cells} |" in README.replace("**", ""), (mode, cells)
-    difference = summary["differences"]["federated - isolated"]
-    assert f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]" in README
+def test_every_result_stands_in_the_studys_tables():
+    """Rows of tables and differences with a band, in the sections that report measurements."""
+    tables = (ROOT / "benchmarks/results/tables.md").read_text()
+    for section in ("## What was measured", "## Where it helps and where not", "## What did not work"):
+        text = README.split(f"{section}\n")[1].split("\n## ")[0]
+        rows = [line for line in text.splitlines() if line.startswith("| ")]
+        for row in rows:
+            assert row in tables.splitlines(), row
+        for band in re.findall(r"[+-]\d\.\d\d \[[^]]*\]", text):
+            assert band in tables, band
+    assert "| arm |" in README and "| regime |" in README
 
 
-def test_the_dict_of_metrics_is_the_glossary():
-    row = json.loads((ROOT / "results/isolated-federated/metrics.jsonl").read_text().splitlines()[0])
+def test_the_tables_are_those_of_the_csv(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import report
+    (tmp_path / "study.csv").write_bytes((ROOT / "benchmarks/results/study.csv").read_bytes())
+    report.write(tmp_path)
+    assert (tmp_path / "tables.md").read_text() == (ROOT / "benchmarks/results/tables.md").read_text()
+
+
+def test_the_dict_of_metrics_is_the_glossary(tmp_path):
+    assert fedppo.main(["--preset", "tiny", "--agents", "1", "--pairs", "20", "--eval-prompts", "8", "--rounds", "1",
+                        "--updates", "1", "--batch", "8", "--out", str(tmp_path), "--name", "run"]) == 0
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     glossary = README.split("## Glossary of metrics")[1].split("## ")[0]
     named = {name for line in glossary.splitlines() if line.startswith("| `")
              for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}

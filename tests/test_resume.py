@@ -1,0 +1,201 @@
+"""A run that is stopped, killed or damaged goes on as if nothing had happened, to the bit."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedppo
+
+HOME = Path(fedppo.__file__).parent
+FLAGS = ["--preset", "tiny", "--agents", "2", "--pairs", "20", "--eval-prompts", "8", "--reward-epochs", "1", "--batch",
+         "8", "--rounds", "2", "--updates", "2", "--mode", "federated", "isolated"]  # 4 updates a round, 16 in all
+
+
+def outcome(folder: Path) -> dict:
+    """All that a run leaves behind, times and paths aside."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    for mode in summary["modes"].values():
+        for entry in [mode["mean"], *mode["seeds"].values()]:
+            entry.pop("seconds")
+    weights = {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob("agents/*/model.safetensors")}
+    assert len(weights) == 4 and not list(folder.glob("checkpoint*"))
+    return {"rows": [{k: v for k, v in row.items() if k != "seconds"} for row in rows], "summary": summary,
+            "weights": weights, "samples": (folder / "samples.md").read_text()}
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("unstopped")
+    assert fedppo.main([*FLAGS, "--out", str(out), "--name", "run"]) == 0
+    return outcome(out / "run")
+
+
+@pytest.fixture
+def stopped_in(tmp_path, monkeypatch):
+    """stopped_in(update, signal) -> the folder of a run that got the signal inside that update."""
+    def stop(number: int, which: int) -> Path:
+        original, calls = fedppo.Agent.update, []
+
+        def update(*args):
+            calls.append(args)
+            if len(calls) == number:
+                signal.raise_signal(which)
+            return original(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(fedppo.Agent, "update", update)
+            assert fedppo.main([*FLAGS, "--out", str(tmp_path), "--name", "run"]) == 128 + which
+        assert len(calls) == number, "it stops after the update that it was in"
+        return tmp_path / "run"
+    return stop
+
+
+@pytest.mark.parametrize("number, which", [(1, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGTERM),
+                                           (9, signal.SIGTERM), (16, signal.SIGTERM)])
+def test_a_signal_saves_the_update_it_came_in_and_the_run_goes_on(stopped_in, unstopped, capfd, number, which):
+    """Inside a round, at its end, in the second mode and at the very end."""
+    folder = stopped_in(number, which)
+    assert f"--resume {folder} continues after this update" in capfd.readouterr().out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["update"] > 0 for row in rows) == number
+    assert fedppo.main(["--resume", str(folder)]) == 0
+    assert outcome(folder) == unstopped
+
+
+def test_the_handlers_are_given_back(stopped_in):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stopped_in(2, signal.SIGTERM)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_two_checkpoints_are_kept_every_so_many_rounds(tmp_path, monkeypatch):
+    kept = []
+    original = fedppo.Run.checkpoint
+
+    def checkpoint(run, *args):
+        original(run, *args)
+        kept.append([path.name for path in run.checkpoints()])
+    monkeypatch.setattr(fedppo.Run, "checkpoint", checkpoint)
+    flags = [*FLAGS[:FLAGS.index("--rounds")], "--rounds", "5", "--updates", "2", "--save-every", "2"]
+    assert fedppo.main([*flags, "--out", str(tmp_path), "--name", "run"]) == 0
+    # 2 rows before training, then 4 a round; saved after rounds 2, 4 and the last
+    assert kept == [["checkpoint-00000010.pt"], ["checkpoint-00000010.pt", "checkpoint-00000018.pt"],
+                    ["checkpoint-00000018.pt", "checkpoint-00000022.pt"]]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "rows lost", "foreign"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped_in, unstopped, capfd, damage):
+    folder = stopped_in(7, signal.SIGTERM)  # in the second round
+    older, newer = sorted(folder.glob("checkpoint-*.pt"))
+    if damage == "truncated":
+        newer.write_bytes(newer.read_bytes()[:-1000])
+    if damage == "foreign":
+        torch.save({"model": torch.zeros(3)}, newer)
+    if damage == "rows lost":
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert fedppo.main(["--resume", str(folder)]) == 0
+    said = capfd.readouterr().out
+    assert f"warning: {newer} cannot be read" in said and str(older) not in said
+    assert outcome(folder) == unstopped
+
+
+def test_without_a_checkpoint_that_can_be_read_there_is_one_line(stopped_in, capfd):
+    folder = stopped_in(7, signal.SIGTERM)
+    for file in folder.glob("checkpoint-*.pt"):
+        file.write_bytes(b"half a file")
+    capfd.readouterr()
+    assert fedppo.main(["--resume", str(folder)]) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and "checkpoint-" in errors[0]
+
+
+class Malicious:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def test_a_malicious_checkpoint_is_refused_and_not_run(stopped_in, unstopped, tmp_path, capfd):
+    folder = stopped_in(7, signal.SIGTERM)
+    newer = max(folder.glob("checkpoint-*.pt"))
+    torch.save({"rows": 9, "samples": Malicious(tmp_path / "owned")}, newer)
+    pickle.loads(pickle.dumps(Malicious(tmp_path / "proof")))
+    assert (tmp_path / "proof").exists(), "the payload would run if it were unpickled"
+    assert fedppo.main(["--resume", str(folder)]) == 0
+    assert not (tmp_path / "owned").exists() and f"warning: {newer}" in capfd.readouterr().out
+    assert outcome(folder) == unstopped
+
+
+def test_code_that_a_run_folder_names_is_not_run_unless_the_user_names_it_again(tmp_path, capfd):
+    rule = tmp_path / "rule.py"
+    rule.write_text("def words(prompts, responses, ended):\n    return [float(len(r.split())) for r in responses]\n")
+    assert fedppo.main([*FLAGS, "--out", str(tmp_path), "--name", "run"]) == 0
+    folder = tmp_path / "run"
+    (folder / "summary.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("judge", "reward"):
+        changed = {"settings": config["settings"] | {name: f"{rule}:words"}}
+        (folder / "config.json").write_text(json.dumps(config | changed))
+        capfd.readouterr()
+        assert fedppo.main(["--resume", str(folder)]) == 2
+        assert f"--{name} is the function {rule}:words" in capfd.readouterr().err
+        settings, _ = fedppo.parse(["--resume", str(folder), f"--{name}", f"{rule}:words"])
+        assert getattr(settings, name) == f"{rule}:words"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert fedppo.parse(["--resume", str(folder)])[0].judge == "tiny/judge.py:score", "the embedded judge is our own"
+
+
+def test_reward_models_that_are_not_the_runs_own_are_noticed(stopped_in, monkeypatch, capfd):
+    folder = stopped_in(3, signal.SIGTERM)
+    original = fedppo.data.fit_reward_model
+    monkeypatch.setattr(fedppo.data, "fit_reward_model", lambda *args, **kw: original(*args, **kw | {"lr": 5e-3}))
+    capfd.readouterr()
+    assert fedppo.main(["--resume", str(folder)]) == 2
+    assert "reward models" in capfd.readouterr().err
+    assert sorted(folder.glob("checkpoint-*.pt")), "nothing is lost"
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_like_one_that_was_not(tmp_path, unstopped):
+    """SIGKILL of a real process at random moments of its training, every third time while it writes a checkpoint."""
+    folder, rng, kills, moments = tmp_path / "run", random.Random(0), 0, set()
+    command = [sys.executable, str(HOME / "fedppo.py")]
+    arguments = [*FLAGS, "--out", str(tmp_path), "--name", "run"]
+    for attempt in range(100):
+        if kills >= 20:
+            break
+        if (folder / "summary.json").exists():  # it was finished between two kills: begin anew
+            assert outcome(folder) == unstopped
+            subprocess.run(["rm", "-r", str(folder)], check=True)
+        process = subprocess.Popen([*command, *(["--resume", str(folder)] if folder.exists() else arguments)],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        before = list(folder.glob("checkpoint-*.pt")) if folder.exists() else []
+        if attempt % 3 == 2:
+            while process.poll() is None and not list(folder.glob("checkpoint-*.tmp")):
+                pass
+        else:
+            while process.poll() is None and list(folder.glob("checkpoint-*.pt")) == before:
+                time.sleep(0.01)  # it trains: what is killed later loses something
+            time.sleep(rng.random())
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+            moments.add(len((folder / "metrics.jsonl").read_text().splitlines()))
+        errors = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), errors
+    assert kills >= 20 and len(moments) > 3
+    if not (folder / "summary.json").exists():
+        subprocess.run([*command, "--resume", str(folder)], check=True, capture_output=True)
+    assert outcome(folder) == unstopped
