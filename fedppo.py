@@ -6,7 +6,7 @@ In reading order
     1. Settings               one frozen dataclass: every default, unit and source; the command line is made from it
     2. the world              load the model and the data; a Task is what one seed's agents own
     3. Agent                  policy, optimizer, prompts, reward, random streams: all that one participant keeps
-    4. exchange, train        the algorithm box: exchange -> cooperate -> local PPO -> log
+    4. exchange, train        the algorithm box: exchange -> cooperate -> local PPO -> log; who is absent is left out
     5. preflight              the checks that catch what silently ruins PPO on this model and data
     6. files                  what a run leaves behind
     7. main                   command line to exit code
@@ -135,6 +135,8 @@ class Settings:
     self_weight: float = setting(0.4, "weight of an agent's own reference in self, ring and star", group="federation")
     anchor: float = setting(0.0, "weight of the initial policy in every reference, 0 to 1", group="federation")
 
+    participation: float = setting(1.0, "probability that an agent takes part in an exchange; an absent one trains on, "
+                                   "and neither sends nor receives", group="federation")
     merge: bool = setting(False, "at each exchange an agent's policy itself becomes the average of the received "
                           "weights, by its row of the matrix, and goes on from there (off: it hears of the others "
                           "through the penalty alone)", group="federation")
@@ -294,7 +296,7 @@ def check_settings(s: Settings) -> None:
     positive = ("agents", "save_every", "pairs", "eval_prompts", "reward_lr", "reward_epochs", "reward_batch",
                 "rounds", "updates", "batch", "response_length", "temperature", "epochs", "minibatches", "micro_batch",
                 "lr", "clip", "value_clip", "max_grad_norm", "kl_target", "kl_horizon")
-    fractions = ("self_weight", "anchor", "gamma", "lam")
+    fractions = ("self_weight", "anchor", "participation", "gamma", "lam")
     flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(s)}
     for name in positive:
         if not 0 < getattr(s, name) < float("inf"):
@@ -503,6 +505,7 @@ class Agent:
         self.streams = {name: generator(task.seed, index, name) for name in ("prompts", "sampling", "minibatches")}
         self.queue: list[int] = []  # prompts of this pass that are still to come
         self.received = 0  # bytes, at all exchanges so far
+        self.row, self.missed = torch.ones(1), None  # of W in this round; whom it could not hear, in words
         self.adaptive = kl.AdaptiveKL(beta, s.kl_target, s.kl_horizon) if s.adaptive_kl else None
 
     @property
@@ -551,13 +554,15 @@ class Agent:
         """All that changes in training, as tensors and plain values."""
         return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(), "queue": self.queue, "received": self.received,
-                "beta": self.beta, "streams": {name: stream.get_state() for name, stream in self.streams.items()}}
+                "row": self.row, "missed": self.missed, "beta": self.beta,
+                "streams": {name: stream.get_state() for name, stream in self.streams.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.queue, self.received = state["queue"], state["received"]
+        self.queue, self.received, self.row = state["queue"], state["received"], state["row"]
+        self.missed = state["missed"]
         if self.adaptive:
             self.adaptive.coef = state["beta"]
         for name, stream in self.streams.items():
@@ -567,28 +572,107 @@ class Agent:
 # ------------------------------------------------------------------------------------- the round loop, box by box
 
 
-def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matrix: torch.Tensor) -> list[int]:
-    """Every agent freezes a copy of its policy and sends it: nothing else leaves it -> bytes each agent received.
+@dataclass(frozen=True)
+class Message:
+    """What an agent sends: its policy's weights and their SHA-256. No value head, no optimizer state, no data."""
+
+    weights: dict[str, torch.Tensor]
+    digest: str
+
+
+def send(agent: Agent) -> Message:
+    weights = {name: tensor.detach().clone() for name, tensor in agent.policy.model.state_dict().items()}
+    return Message(weights, digest(weights))
+
+
+def digest(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name, tensor in weights.items():
+        sha.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def fault(message: Message, own: dict[str, torch.Tensor]) -> str:
+    """Why a message cannot be used by an agent whose policy has the weights `own`; "" if it can."""
+    if digest(message.weights) != message.digest:
+        return "does not match its hash"
+    shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+              for weights in (message.weights, own)]
+    if shapes[0] != shapes[1]:
+        return "has another shape"
+    if not all(torch.isfinite(tensor).all() for tensor in message.weights.values()):
+        return "is not finite"
+    return ""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What came of one exchange: this round's matrix [N, N], and per agent the bytes received and what it missed."""
+
+    matrix: torch.Tensor
+    received: list[int]
+    missed: list[str | None]
+
+
+def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matrix: torch.Tensor,
+             present: list[bool]) -> Exchange:
+    """Every agent that is present freezes a copy of its policy and sends it: nothing else leaves it.
 
     frozen: N policies that are overwritten here and then left alone until the next exchange. Under `fedavg` every
     policy becomes the plain average, which is also the reference until the next exchange (1602.05629). With `merge` an
-    agent's policy becomes the average by its row of the matrix, and the references stay what was sent.
+    agent's policy becomes the average by its row of the matrix, and the references stay what was sent. An absent agent
+    neither sends nor receives: it goes on with its own copy. A message with a fault is left out.
     """
-    states = [agent.policy.model.state_dict() for agent in agents]  # no value head, no optimizer state
-    size = sum(tensor.numel() * tensor.element_size() for tensor in states[0].values())
+    own = [agent.policy.model.state_dict() for agent in agents]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in own[0].values())
+    messages = {j: send(agent) for j, agent in enumerate(agents) if present[j]}
+    reasons = {j: fault(messages[j], own[j]) if j in messages else "absent" for j in range(len(agents))}
+    usable = [j for j, reason in reasons.items() if not reason]
+    for j, policy in enumerate(frozen):
+        policy.model.load_state_dict(messages[j].weights if j in usable else own[j])
+    heard = matrix > 0  # [N, N] whose messages an agent receives
     if mode == "fedavg":
-        average = kl.average_weights(states, [1 / len(states)] * len(states))
-        for policy in [agent.policy for agent in agents] + frozen:
-            policy.model.load_state_dict(average)
-        return [size] * len(agents)
-    for policy, state in zip(frozen, states, strict=True):
-        policy.model.load_state_dict(state)
-    if agents[0].settings.merge:
-        sent = [policy.model.state_dict() for policy in frozen]
-        for agent in agents:
-            agent.policy.model.load_state_dict(kl.average_weights(sent, matrix[agent.index]))
-    heard = (matrix > 0).sum(1) - (matrix.diagonal() > 0).long()  # peers with a weight in each row
-    return (heard * size).tolist()
+        heard = torch.ones_like(heard)
+        average = kl.average_weights([messages[j].weights for j in usable], [1 / len(usable)] * len(usable)) \
+            if usable else None
+        for j in messages if usable else ():
+            agents[j].policy.model.load_state_dict(average)
+            frozen[j].model.load_state_dict(average)
+        received = [size * (j in messages) for j in range(len(agents))]
+    else:
+        sent = torch.tensor([j in messages for j in range(len(agents))])
+        received = [int((heard[i] & sent).sum() - heard[i, i].long()) * size * (i in messages)
+                    for i in range(len(agents))]
+        matrix = without(matrix, usable, list(messages))
+    if agents[0].settings.merge and mode == "federated":
+        for i in messages:
+            agents[i].policy.model.load_state_dict(
+                kl.average_weights([policy.model.state_dict() for policy in frozen], matrix[i]))
+    missed = ["; ".join(f"agent {j} {reasons[j]}" for j in range(len(agents)) if reasons[j] and heard[i, j] and i != j)
+              if i in messages else "absent" for i in range(len(agents))]
+    return Exchange(matrix, received, [text or None for text in missed])
+
+
+def without(matrix: torch.Tensor, usable: list[int], present: list[int]) -> torch.Tensor:
+    """W [N, N] of a round in which only `usable` references can be used: other columns are 0 off the diagonal, and rows
+    are normalised again. An absent agent, or one that nobody is left for, has its own reference."""
+    n = len(matrix)
+    if len(usable) == n:
+        return matrix
+    identity = torch.eye(n, dtype=matrix.dtype)
+    kept = torch.tensor([j in usable for j in range(n)]) | identity.bool()
+    here = torch.tensor([i in present for i in range(n)])
+    weights = torch.where(here[:, None], matrix * kept, identity)
+    sums = weights.sum(1, keepdim=True)
+    return torch.where(sums > 0, weights / sums, identity)
+
+
+def participants(s: Settings, seed: int, rnd: int, n_agents: int) -> list[bool]:
+    """Who takes part in a round's exchange: each agent with probability --participation, by a stream of its own."""
+    draws = torch.rand(n_agents, generator=generator(seed, rnd, "participation"))
+    return (draws < s.participation).tolist() if s.participation < 1 else [True] * n_agents
 
 
 def cooperate(frozen: list[ppo_core.Policy], row: torch.Tensor,
@@ -632,14 +716,17 @@ def train(world: World, task: Task, mode: str, run: "Run", saved: dict | None = 
                 reward_accuracy=(task.accuracies[agent.index] or [None])[0])
     for rnd in range(min(agent.done for agent in agents) // s.updates, s.rounds):
         if all(agent.done == rnd * s.updates for agent in agents):  # else a resumed run is inside this round
-            for agent, size in zip(agents, exchange(agents, frozen, mode, matrix), strict=True):
-                agent.received += size
+            result = exchange(agents, frozen, mode, matrix, participants(s, task.seed, rnd, len(agents)))
+            for agent in agents:
+                agent.row, agent.missed = result.matrix[agent.index], result.missed[agent.index]
+                agent.received += result.received[agent.index]
         for agent in agents:
-            references, weights = cooperate(frozen, matrix[agent.index], world)
+            references, weights = cooperate(frozen, agent.row, world)
             for update in range(agent.done + 1, (rnd + 1) * s.updates + 1):
                 metrics = agent.update(references, weights)
                 judged = judge_agent(agent, task, mode, "after", run) if update % s.updates == 0 else None
-                run.log(mode, task.seed, agent.index, rnd + 1, update, judge=judged, bytes=agent.received, **metrics)
+                run.log(mode, task.seed, agent.index, rnd + 1, update, judge=judged, bytes=agent.received,
+                        missed=agent.missed, **metrics)
                 if run.stop:
                     run.checkpoint(mode, task, agents, frozen)
                     raise Stopped(run.stop)
@@ -812,11 +899,11 @@ class Run:
         return sorted(self.folder.glob("checkpoint-*.pt"))
 
     def log(self, mode: str, seed: int, agent: int, rnd: int, update: int, *, judge: float | None = None,
-            **metrics: float) -> None:
+            **metrics: float | str | None) -> None:
         """Append one line: what was not measured at this update is null, so that all lines have the same keys."""
         keys = ("episodes", "reward", "kl", "kl_initial", "entropy", "policy_loss", "value_loss", "clipfrac", "length",
                 "ended", "bytes", "seconds", "value_clipfrac", "approx_kl", "grad_norm", "lr", "beta",
-                "reward_accuracy")
+                "reward_accuracy", "missed")
         row = {"mode": mode, "seed": seed, "agent": agent, "round": rnd, "update": update, "judge": judge}
         row |= {key: metrics.get(key, 0 if key in ("episodes", "bytes", "seconds") else None) for key in keys}
         self.rows.append(row)

@@ -232,6 +232,8 @@ def _summarise_seed(rows: list[dict]) -> dict:
     final = "judge_final" if any(row.get("judge") is not None for row in rows) else "reward_final"
     entry["worst_agent_final"] = None if entry[final] is None else float(min(s[final] for s in scores))
     entry["seconds"] = float(sum(row.get("seconds") or 0 for agent in agents for row in agent))
+    entry["incomplete_exchanges"] = len({(row["agent"], row["round"]) for agent in agents for row in agent
+                                         if row.get("missed")})
     entry["bytes"] = int(sum(agent[-1].get("bytes") or 0 for agent in agents))  # cumulative: the last has all
     return entry
 
@@ -242,7 +244,8 @@ def summarise(rows: list[dict]) -> dict:
     An entry: judge_initial and judge_final, the first and last score on held-out prompts; judge_auc, the mean
     height of the judge's curve (trapezoids); reward_final, the own reward over the last round's updates: all
     four means over agents; worst_agent_final, the lowest judge_final (reward_final if there is no judge);
-    seconds and bytes received, sums over agents; updates, how far the seed came. None: cannot be had.
+    seconds and bytes received, sums over agents; incomplete_exchanges, how often an agent was absent or could not
+    use what a peer sent; updates, how far the seed came. None: cannot be had.
     "mean" is over the seeds that came as far as the mode's farthest. "differences" is federated - isolated in
     judge_final, paired over the seeds in which both came equally far, if there are two or more.
     """
@@ -285,6 +288,9 @@ def table(summary: dict) -> str:
         costs = number(mean["bytes"] / 1e6, 1), number(mean["seconds"], 1)
         lines.append(line.format(mode, len(entry["seeds"]), judge, *scores, *costs))
     lines.append("(means over seeds; area: mean of the judge's curve; MB, seconds: all agents together)")
+    for mode, entry in summary["modes"].items():
+        if missed := sum(seed["incomplete_exchanges"] for seed in entry["seeds"].values()):
+            lines.append(f"{mode}: {missed} times an agent was absent or missed a peer (`missed` in metrics.jsonl)")
     for name, d in summary["differences"].items():
         band = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
         few = ", too narrow" if d["seeds"] < 5 else ""

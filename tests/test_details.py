@@ -636,7 +636,7 @@ def isolated_by_hand(world, task, order: list[int]) -> dict[int, torch.Tensor]:
     frozen = [world.new_policy().requires_grad_(False) for _ in order]
     identity = torch.eye(len(order), dtype=torch.float64)
     for _ in range(world.settings.rounds):
-        fedppo.exchange(list(agents.values()), frozen, "isolated", identity)
+        fedppo.exchange(list(agents.values()), frozen, "isolated", identity, [True] * len(agents))
         for row, agent in zip(identity, agents.values(), strict=True):
             agent.update(*fedppo.cooperate(frozen, row, world))
     return {i: weights_of(agent.policy) for i, agent in agents.items()}

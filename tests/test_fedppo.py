@@ -53,7 +53,7 @@ def fresh(world: World, **changes) -> World:
 def test_exchange_freezes_copies_of_the_policies_alone(small):
     world, agents = small
     frozen = [world.new_policy().requires_grad_(False) for _ in agents]
-    exchange(agents, frozen, "federated", kl.communication_matrix("uniform", 3))
+    exchange(agents, frozen, "federated", kl.communication_matrix("uniform", 3), [True] * 3)
     for agent, reference in zip(agents, frozen, strict=True):
         for mine, sent in zip(agent.policy.model.parameters(), reference.model.parameters(), strict=True):
             assert torch.equal(mine, sent)
@@ -69,7 +69,7 @@ def test_bytes_count_the_models_received(small, mode, kind, peers):
     world, agents = small
     frozen = [world.new_policy() for _ in agents]
     before = [{k: v.clone() for k, v in agent.policy.model.state_dict().items()} for agent in agents]
-    received = exchange(agents, frozen, mode, kl.communication_matrix(kind, 3))
+    received = exchange(agents, frozen, mode, kl.communication_matrix(kind, 3), [True] * 3).received
     size = sum(p.numel() * 4 for p in world.model.state_dict().values())
     assert received == [n * size for n in peers]
     for agent, state in zip(agents, before, strict=True):
@@ -80,7 +80,7 @@ def test_fedavg_overwrites_every_policy_with_the_plain_average(small):
     world, agents = small
     frozen = [world.new_policy() for _ in agents]
     before = [{k: v.clone() for k, v in agent.policy.model.state_dict().items()} for agent in agents]
-    exchange(agents, frozen, "fedavg", torch.eye(3))
+    exchange(agents, frozen, "fedavg", torch.eye(3), [True] * 3)
     for key in before[0]:
         mean = sum(state[key].double() for state in before) / 3
         for policy in [agent.policy for agent in agents] + frozen:
@@ -121,7 +121,7 @@ def test_merge_moves_each_policy_to_the_average_of_its_row(small):
     matrix = torch.tensor([[0.5, 0.2, 0.3], [0.0, 1.0, 0.0], [0.0, 0.25, 0.75]], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agents[0], "settings", dataclasses.replace(world.settings, merge=True))
-        exchange(agents, frozen, "federated", matrix)
+        exchange(agents, frozen, "federated", matrix, [True] * 3)
     for i, agent in enumerate(agents):
         for key, merged in agent.policy.model.state_dict().items():
             expected = sum(w * state[key].double() for w, state in zip(matrix[i].tolist(), before, strict=True))
@@ -129,6 +129,91 @@ def test_merge_moves_each_policy_to_the_average_of_its_row(small):
             assert torch.equal(frozen[i].model.state_dict()[key], before[i][key]), "references are what was sent"
         assert torch.equal(agent.policy.value_head.weight, heads[i]), "value heads are local"
         agent.policy.model.load_state_dict(before[i])
+
+
+def test_without_zeroes_columns_and_normalises_rows_by_hand():
+    matrix = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.0, 0.5, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.25] * 4],
+                          dtype=torch.float64)
+    assert fedppo.without(matrix, [0, 1, 2, 3], [0, 1, 2, 3]) is matrix
+    left = fedppo.without(matrix, [0, 2], [0, 1, 2])  # agent 1 sent nonsense, agent 3 is absent
+    assert torch.allclose(left, torch.tensor([[2 / 3, 0, 1 / 3, 0],  # 0.4 : 0.2
+                                              [0, 0.5, 0.5, 0],  # its own copy is good enough for itself
+                                              [0, 0, 1, 0],  # nobody is left but itself
+                                              [0, 0, 0, 1]], dtype=torch.float64))  # absent
+
+
+def spoil(kind: str, message: fedppo.Message) -> fedppo.Message:
+    weights = dict(message.weights)
+    name = list(weights)[2]
+    if kind == "does not match its hash":
+        weights[name] = weights[name] + 1e-3
+        return fedppo.Message(weights, message.digest)
+    if kind == "is not finite":
+        weights[name] = weights[name].clone()
+        weights[name].view(-1)[7] = torch.nan if len(weights) % 2 else torch.inf
+    if kind == "has another shape":
+        weights[name] = weights[name][:-1]
+    return fedppo.Message(weights, fedppo.digest(weights))
+
+
+@pytest.mark.parametrize("mode", ["federated", "fedavg"])
+@pytest.mark.parametrize("kind", ["does not match its hash", "is not finite", "has another shape"])
+def test_a_message_with_a_fault_is_left_out_and_said(tmp_path, monkeypatch, capfd, mode, kind):
+    """Agent 1 of three sends nonsense in round 2: the others go on without it, and it goes on itself."""
+    send, calls = fedppo.send, []
+
+    def faulty(agent):
+        calls.append(agent.index)
+        message = send(agent)
+        return spoil(kind, message) if len(calls) == 5 else message
+    monkeypatch.setattr(fedppo, "send", faulty)
+    folder = main(tmp_path, "run", "--agents", "3", "--rounds", "3", "--mode", mode)
+    assert calls[4] == 1
+    for row in metrics(folder):
+        assert row["judge"] is None or abs(row["judge"]) < 5
+        expected = f"agent 1 {kind}" if row["round"] == 2 and row["agent"] != 1 else None
+        assert row["missed"] == expected, row
+    assert f"{mode}: 2 times an agent was absent or missed a peer" in capfd.readouterr().out
+
+
+def test_left_out_in_every_round_is_the_federation_of_the_others(tmp_path, monkeypatch):
+    """An agent whose messages never arrive changes nothing for two others, who are as two agents by themselves."""
+    send = fedppo.send
+    monkeypatch.setattr(fedppo, "send", lambda agent: spoil("is not finite", send(agent)) if agent.index == 2
+                        else send(agent))
+    flags = ["--agents", "3", "--rounds", "2", "--shards", "iid"]
+    (tmp_path / "pair.json").write_text("[[0.4, 0.3, 0], [0.3, 0.4, 0], [0, 0, 1]]")
+    left_out = metrics(main(tmp_path, "three", *flags))
+    monkeypatch.setattr(fedppo, "send", send)
+    pair = metrics(main(tmp_path, "pair", *flags, "--topology", str(tmp_path / "pair.json")))
+    ignored = IGNORED | {"missed", "bytes"}
+    for a, b in zip(left_out, pair, strict=True):
+        for key in a.keys() - ignored if a["agent"] < 2 else ():  # agent 2 does hear the others
+            assert a[key] == (b[key] if a[key] is None or isinstance(a[key], str) else pytest.approx(b[key], abs=1e-4))
+
+
+def test_an_absent_agent_trains_on_and_neither_sends_nor_receives(tmp_path, monkeypatch):
+    monkeypatch.setattr(fedppo, "participants", lambda s, seed, rnd, n: [True, rnd != 1, True])
+    sent, send = [], fedppo.send
+    monkeypatch.setattr(fedppo, "send", lambda agent: sent.append(agent.index) or send(agent))
+    rows = metrics(main(tmp_path, "run", "--agents", "3", "--rounds", "3"))
+    assert sent == [0, 1, 2, 0, 2, 0, 1, 2]
+    missed = {(row["agent"], row["round"]): row["missed"] for row in rows}
+    assert missed[1, 2] == "absent" and missed[0, 2] == missed[2, 2] == "agent 1 absent"
+    assert not any(text for (_, rnd), text in missed.items() if rnd != 2)
+    received = {(row["agent"], row["round"]): row["bytes"] for row in rows}
+    size = received[0, 1] // 2
+    assert [received[1, rnd] for rnd in (1, 2, 3)] == [2 * size, 2 * size, 4 * size]
+    assert [received[0, rnd] for rnd in (1, 2, 3)] == [2 * size, 3 * size, 5 * size]
+    assert sum(row["agent"] == 1 and row["update"] > 0 for row in rows) == 6, "it trained in every round"
+
+
+def test_participation_is_a_probability_with_a_stream_of_its_own():
+    settings = dataclasses.replace(Settings(), participation=0.3)
+    drawn = torch.tensor([fedppo.participants(settings, 0, rnd, 8) for rnd in range(200)]).float()
+    assert abs(drawn.mean() - 0.3) < 0.04 and drawn.std(0).min() > 0.3
+    assert fedppo.participants(settings, 0, 3, 8) == fedppo.participants(settings, 0, 3, 8)
+    assert fedppo.participants(Settings(), 0, 3, 8) == [True] * 8
 
 
 def test_a_json_matrix_is_read_and_normalised_by_row(tmp_path):

@@ -214,7 +214,8 @@ def test_load_metrics_takes_the_later_of_two_rows_for_one_update(tmp_path):
 
 
 def test_summary_by_hand():
-    summary = plot.summarise(TWO_AGENTS)
+    missed = [row | {"missed": "absent"} if row["agent"] == 1 and row["update"] in (1, 2) else row for row in TWO_AGENTS]
+    summary = plot.summarise(missed)
     expected = {
         "updates": 4,
         "judge_initial": 0.25,  # (0 + 0.5) / 2
@@ -224,9 +225,16 @@ def test_summary_by_hand():
         "reward_final": 3.5,  # updates 3 and 4: (1 + 3) / 2 = 2 and (4 + 6) / 2 = 5
         "worst_agent_final": 1.0,
         "seconds": 2.5,  # 10 rows of 0.25
+        "incomplete_exchanges": 1,  # two updates of one round
         "bytes": 800,  # 400 at the last update of each
     }
     assert summary == {"modes": {"isolated": {"seeds": {"0": expected}, "mean": expected}}, "differences": {}}
+
+
+def test_the_table_says_how_often_a_peer_was_missed():
+    rows = [row | {"missed": "agent 0 absent"} if row["agent"] == 1 else row for row in TWO_AGENTS]
+    assert "isolated: 2 times an agent was absent or missed a peer" in plot.table(plot.summarise(rows))
+    assert "missed a peer" not in plot.table(plot.summarise(TWO_AGENTS))
 
 
 def test_auc_weighs_uneven_steps_by_their_length():
