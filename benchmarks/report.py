@@ -128,14 +128,25 @@ def detail_table(study: Study, stage: str) -> list[str]:
         rows = list(study.cell(arm, "headline", stage).values())
         agents = len(rows[0]["judge_agents"].split())
         mean = {name: study.values(arm, "headline", stage, name).mean() for name in
-                ("judge_auc", "own_topics", "worst_agent", "reward_final", "kl_initial", "bytes", "seconds")}
+                ("judge_auc", "worst_agent", "reward_final", "kl_initial", "bytes", "seconds")}
         reached = plot.median_updates([plot.updates_to(*curve(row), 0.6) for row in rows])
-        lines.append([f"`{arm}`", str(len(rows)), f"{mean['judge_auc']:.2f}", f"{mean['own_topics']:.2f}",
+        lines.append([f"`{arm}`", str(len(rows)), f"{mean['judge_auc']:.2f}",
                       f"{mean['worst_agent']:.2f}" if agents > 1 else "–",
                       f"{reached:.0f}" if np.isfinite(reached) else "never", f"{mean['reward_final']:.2f}",
                       f"{mean['kl_initial']:.1f}", f"{mean['bytes'] / agents / 1e6:.0f}", f"{mean['seconds']:.0f}"])
-    return table("arm | seeds | mean of the curve | on the agent's own topics | worst agent | median updates to 0.6 | "
+    return table("arm | seeds | mean of the curve | worst agent | median updates to 0.6 | "
                  "own reward | KL to initial, nats | MB received by an agent | seconds", lines)
+
+
+def topic_table(study: Study, stage: str) -> list[str]:
+    """Final scores by whether an agent was trained on the prompt's topic; `centralized` was on all of them."""
+    lines = []
+    for arm in [arm for arm in study.arms if len(study.cell(arm, "headline", stage)) > 1 and "," not in arm]:
+        apart = ["–" if a == b else difference(study.pairs(a, b, "headline", stage, "own_topics"))
+                 for a, b in ((arm, "isolated"), ("federated", arm))]
+        lines.append([f"`{arm}`", level(study.values(arm, "headline", stage, "own_topics")), *apart])
+    return table("arm | judge, final, on the agent's own topics | minus `isolated`, seeds better | "
+                 "`federated` minus it, seeds better", lines)
 
 
 def regime_table(study: Study, stage: str) -> list[str]:
@@ -190,6 +201,8 @@ def penalty_table(study: Study) -> list[str]:
 def goal_table(study: Study, stage: str) -> list[str]:
     """The questions that were asked beforehand."""
     lines = []
+    if study.pairs("federated", "isolated", "headline", stage).shape[-1] < 2:
+        return lines
     for arm in (*BASELINES, "isolated 4x batch", "centralized"):
         lines.append([f"final score minus `{arm}`, seeds better",
                       *(difference(study.pairs(name, arm, "headline", stage)) for name in SUBJECTS)])
@@ -199,9 +212,8 @@ def goal_table(study: Study, stage: str) -> list[str]:
                         for name in SUBJECTS)])
     lines.append(["single agents that end below themselves in `isolated`; mean gain by agent",
                   *(worse_agents(study, name, stage) for name in SUBJECTS)])
-    for arm in ("isolated", "fedavg"):
-        lines.append([f"after twice the updates: final score minus `{arm}`'s then, seeds better",
-                      *(difference(study.pairs(name, arm, "twice the updates", stage)) for name in SUBJECTS)])
+    lines.append(["after twice the updates: final score minus `isolated`'s then, seeds better",
+                  *(difference(study.pairs(name, "isolated", "twice the updates", stage)) for name in SUBJECTS)])
     return table("question | " + " | ".join(f"`{name}`" for name in SUBJECTS), lines)
 
 
@@ -242,15 +254,17 @@ def write(folder: Path) -> str:
             "Headline, confirmation seeds": headline_table(study, "confirm"),
             "Questions, confirmation seeds": goal_table(study, "confirm"),
             "Details, confirmation seeds": detail_table(study, "confirm"),
+            "On the agent's own topics, confirmation seeds": topic_table(study, "confirm"),
             "One policy for all, confirmation seeds": together_table(study, "confirm"),
             "Headline, reported seeds": headline_table(study, "reported"),
             "Questions, reported seeds": goal_table(study, "reported"),
             "Details, reported seeds": detail_table(study, "reported"),
+            "On the agent's own topics, reported seeds": topic_table(study, "reported"),
             "One policy for all, reported seeds": together_table(study, "reported"),
             "Regimes, reported seeds": regime_table(study, "reported"),
             "Two communities, reported seeds": community_table(study),
             "Places of the penalty, reported seeds": penalty_table(study)}.items():
-        if any("[" in row for row in rows):  # a table of runs that are still to come is left out
+        if len(rows) > 2:  # else its runs are still to come
             lines += ["", f"## {title}", "", *rows]
     text = "\n".join(lines) + "\n"
     (folder / "tables.md").write_text(text)

@@ -200,7 +200,7 @@ def choose(rows: list[dict]) -> dict[str, dict]:
 
 
 PROTAGONISTS = ("isolated", "classic", "fedavg", "federated", "federated merged", "centralized")
-ABROAD = ("isolated", "fedavg", "federated", "federated merged")  # arms of the regimes
+ABROAD = ("isolated", "federated", "federated merged")  # arms of the regimes
 
 
 def reported_jobs(chosen: dict[str, dict]) -> list[Job]:
