@@ -506,16 +506,13 @@ class Agent:
         self.queue: list[int] = []  # prompts of this pass that are still to come
         self.received = 0  # bytes, at all exchanges so far
         self.row, self.missed = torch.ones(1), None  # of W in this round; whom it could not hear, in words
+        self.done = 0  # updates behind it
+        self.diverged: str | None = None  # where and why it was frozen
         self.adaptive = kl.AdaptiveKL(beta, s.kl_target, s.kl_horizon) if s.adaptive_kl else None
 
     @property
     def beta(self) -> float:
         return self.adaptive.coef if self.adaptive else self.first_beta
-
-    @property
-    def done(self) -> int:
-        """PPO updates that are behind this agent."""
-        return self.schedule.last_epoch
 
     def next_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next B of the agent's prompts, every prompt once per pass -> ids, mask [B, Q], left-padded."""
@@ -526,35 +523,43 @@ class Agent:
         return data.pad(ids, self.world.pad_id, "left", self.world.device)
 
     def update(self, references: list[ppo_core.Policy], weights: torch.Tensor) -> dict[str, float]:
-        """One PPO update against K references with weights [K] -> metrics (README: glossary)."""
+        """One PPO update against K references with weights [K] -> metrics (README: glossary).
+
+        A loss or gradient that is not finite never reaches the weights: it freezes the agent for the rest of the run.
+        """
         started = time.perf_counter()
         s, world, beta = self.settings, self.world, self.beta
+        if self.diverged:
+            self.done += 1
+            return {"episodes": self.schedule.last_epoch * self.batch, "beta": beta}
         rollout = ppo_core.collect(self.policy, references, weights, world.initial, self.scorer, *self.next_prompts(),
                                    s, eos_id=world.eos_id, pad_id=world.pad_id, generator=self.streams["sampling"])
-        number = self.done + 1
-        try:
-            metrics = ppo_core.optimise(self.policy, self.optimizer, rollout, weights, beta, s,
-                                        self.streams["minibatches"])
-        except FloatingPointError as error:
-            raise FloatingPointError(f"agent {self.index}, update {number}: {error}; lower --lr or --beta") from None
         mask = rollout.mask
         kl_sum = (rollout.kl * mask).sum(1).mean().item()
-        metrics |= {"episodes": number * self.batch, "lr": self.schedule.get_last_lr()[0], "beta": beta,
-                    "reward": rollout.scores.mean().item(), "kl": kl_sum,
-                    "kl_initial": (rollout.kl_initial * mask).sum(1).mean().item(),
-                    "entropy": ppo_core.masked_mean(rollout.entropy, mask).item(),
-                    "length": mask.sum(1).float().mean().item(),
-                    "ended": ((rollout.response == world.eos_id) & mask.bool()).any(1).float().mean().item()}
+        metrics = {"lr": self.schedule.get_last_lr()[0], "beta": beta,
+                   "reward": rollout.scores.mean().item(), "kl": kl_sum,
+                   "kl_initial": (rollout.kl_initial * mask).sum(1).mean().item(),
+                   "entropy": ppo_core.masked_mean(rollout.entropy, mask).item(),
+                   "length": mask.sum(1).float().mean().item(),
+                   "ended": ((rollout.response == world.eos_id) & mask.bool()).any(1).float().mean().item()}
+        self.done += 1
+        try:
+            metrics |= ppo_core.optimise(self.policy, self.optimizer, rollout, weights, beta, s,
+                                         self.streams["minibatches"])
+        except FloatingPointError as error:
+            self.diverged = (f"agent {self.index} diverged in update {self.done}: {error} (reward "
+                             f"{metrics['reward']:.3g}, kl {kl_sum:.3g}); lower --lr or --beta")
+            return {"episodes": self.schedule.last_epoch * self.batch, "beta": beta}
         self.schedule.step()
         if self.adaptive:
             self.adaptive.update(kl_sum, self.batch)
-        return metrics | {"seconds": time.perf_counter() - started}
+        return metrics | {"episodes": self.done * self.batch, "seconds": time.perf_counter() - started}
 
     def state_dict(self) -> dict:
         """All that changes in training, as tensors and plain values."""
         return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(), "queue": self.queue, "received": self.received,
-                "row": self.row, "missed": self.missed, "beta": self.beta,
+                "row": self.row, "missed": self.missed, "beta": self.beta, "done": self.done, "diverged": self.diverged,
                 "streams": {name: stream.get_state() for name, stream in self.streams.items()}}
 
     def load_state_dict(self, state: dict) -> None:
@@ -562,7 +567,7 @@ class Agent:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.queue, self.received, self.row = state["queue"], state["received"], state["row"]
-        self.missed = state["missed"]
+        self.missed, self.done, self.diverged = state["missed"], state["done"], state["diverged"]
         if self.adaptive:
             self.adaptive.coef = state["beta"]
         for name, stream in self.streams.items():
@@ -623,12 +628,14 @@ def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matr
     frozen: N policies that are overwritten here and then left alone until the next exchange. Under `fedavg` every
     policy becomes the plain average, which is also the reference until the next exchange (1602.05629). With `merge` an
     agent's policy becomes the average by its row of the matrix, and the references stay what was sent. An absent agent
-    neither sends nor receives: it goes on with its own copy. A message with a fault is left out.
+    neither sends nor receives: it goes on with its own copy. A message with a fault is left out, and so is an agent
+    that has diverged.
     """
     own = [agent.policy.model.state_dict() for agent in agents]
     size = sum(tensor.numel() * tensor.element_size() for tensor in own[0].values())
-    messages = {j: send(agent) for j, agent in enumerate(agents) if present[j]}
-    reasons = {j: fault(messages[j], own[j]) if j in messages else "absent" for j in range(len(agents))}
+    messages = {j: send(agent) for j, agent in enumerate(agents) if present[j] and not agent.diverged}
+    reasons = {j: fault(messages[j], own[j]) if j in messages else "diverged" if agents[j].diverged else "absent"
+               for j in range(len(agents))}
     usable = [j for j, reason in reasons.items() if not reason]
     for j, policy in enumerate(frozen):
         policy.model.load_state_dict(messages[j].weights if j in usable else own[j])
@@ -651,7 +658,7 @@ def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matr
             agents[i].policy.model.load_state_dict(
                 kl.average_weights([policy.model.state_dict() for policy in frozen], matrix[i]))
     missed = ["; ".join(f"agent {j} {reasons[j]}" for j in range(len(agents)) if reasons[j] and heard[i, j] and i != j)
-              if i in messages else "absent" for i in range(len(agents))]
+              if i in messages else reasons[i] for i in range(len(agents))]
     return Exchange(matrix, received, [text or None for text in missed])
 
 
@@ -726,10 +733,12 @@ def train(world: World, task: Task, mode: str, run: "Run", saved: dict | None = 
                 metrics = agent.update(references, weights)
                 judged = judge_agent(agent, task, mode, "after", run) if update % s.updates == 0 else None
                 run.log(mode, task.seed, agent.index, rnd + 1, update, judge=judged, bytes=agent.received,
-                        missed=agent.missed, **metrics)
+                        missed=agent.diverged or agent.missed, **metrics)
                 if run.stop:
                     run.checkpoint(mode, task, agents, frozen)
                     raise Stopped(run.stop)
+        if all(agent.diverged for agent in agents):
+            raise FloatingPointError(agents[0].diverged)
         if (rnd + 1) % s.save_every == 0 or rnd + 1 == s.rounds:
             run.checkpoint(mode, task, agents, frozen)
     return agents
@@ -849,6 +858,7 @@ def cached_logprobs(policy: ppo_core.Policy, rollout: ppo_core.Rollout, temperat
 # ----------------------------------------------------------------------------------------------------------- files
 
 SAMPLES = 4  # prompts shown in samples.md
+ALARMS = {"reward": 10.0, "kl": 100.0, "kl_initial": 100.0}  # said once: standard deviations; nats per response
 
 
 class Run:
@@ -859,6 +869,7 @@ class Run:
         self.rows: list[dict] = []
         self.samples: dict[str, list[dict]] = {}
         self.saved: dict = {"rows": 0}  # the checkpoint that a resumed run goes on from
+        self.said: set[tuple] = set()  # warnings are given once
         self.stop = 0  # the signal that asks the run to stop after the update it is in
         self.folder = Path(s.resume) if s.resume else new_folder(s)
         if s.resume:
@@ -909,6 +920,13 @@ class Run:
         self.rows.append(row)
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
+        for name, limit in ALARMS.items():
+            if abs(row[name] or 0) > limit and (mode, seed, agent, name) not in self.said:
+                self.said.add((mode, seed, agent, name))
+                tqdm.write(f"warning: {mode}, seed {seed}, agent {agent}, update {update}: {name} is {row[name]:.3g}")
+        if row["missed"] and "diverged in" in row["missed"] and (mode, seed, agent) not in self.said:
+            self.said.add((mode, seed, agent))
+            tqdm.write(f"warning: {mode}, seed {seed}, {row['missed']}; it is frozen and left out of exchanges")
         if update:
             self.bar.update()
         self.bar.set_description(f"{mode} seed {seed}")

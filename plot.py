@@ -290,7 +290,8 @@ def table(summary: dict) -> str:
     lines.append("(means over seeds; area: mean of the judge's curve; MB, seconds: all agents together)")
     for mode, entry in summary["modes"].items():
         if missed := sum(seed["incomplete_exchanges"] for seed in entry["seeds"].values()):
-            lines.append(f"{mode}: {missed} times an agent was absent or missed a peer (`missed` in metrics.jsonl)")
+            lines.append(f"{mode}: {missed} times an agent was absent, frozen or missed a peer (`missed` in "
+                         "metrics.jsonl)")
     for name, d in summary["differences"].items():
         band = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
         few = ", too narrow" if d["seeds"] < 5 else ""

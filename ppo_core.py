@@ -437,10 +437,12 @@ def optimise(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout,
 
     weights [K] belong to rollout.references. Each minibatch is summed from micro-batches of settings.micro_batch rows,
     each weighted by its share of the minibatch's valid tokens: the gradient does not depend on how it is cut.
-    Raises FloatingPointError, before the weights change, if a gradient is not finite.
+    Raises FloatingPointError, before the weights change, if an advantage or a gradient is not finite.
     """
     rewards = penalised_rewards(rollout.scores, rollout.kl, rollout.mask, beta, settings.penalty)
     advantages, returns = gae(rewards, rollout.values, rollout.mask, settings.gamma, settings.lam)
+    if not torch.isfinite(advantages).all():
+        raise FloatingPointError("an advantage is not finite")
     sigma = masked_std(advantages, rollout.mask)  # sigma_A: whitens the advantages, and scales beta (D2)
     tensors = {"ids": rollout.ids, "attention": rollout.attention, "response": rollout.response, "mask": rollout.mask,
                "logprobs": rollout.logprobs, "values": rollout.values, "returns": returns,

@@ -173,7 +173,7 @@ def test_a_message_with_a_fault_is_left_out_and_said(tmp_path, monkeypatch, capf
         assert row["judge"] is None or abs(row["judge"]) < 5
         expected = f"agent 1 {kind}" if row["round"] == 2 and row["agent"] != 1 else None
         assert row["missed"] == expected, row
-    assert f"{mode}: 2 times an agent was absent or missed a peer" in capfd.readouterr().out
+    assert f"{mode}: 2 times an agent was absent, frozen or missed a peer" in capfd.readouterr().out
 
 
 def test_left_out_in_every_round_is_the_federation_of_the_others(tmp_path, monkeypatch):
@@ -206,6 +206,48 @@ def test_an_absent_agent_trains_on_and_neither_sends_nor_receives(tmp_path, monk
     assert [received[1, rnd] for rnd in (1, 2, 3)] == [2 * size, 2 * size, 4 * size]
     assert [received[0, rnd] for rnd in (1, 2, 3)] == [2 * size, 3 * size, 5 * size]
     assert sum(row["agent"] == 1 and row["update"] > 0 for row in rows) == 6, "it trained in every round"
+
+
+def test_an_agent_that_diverges_is_frozen_and_left_out(tmp_path, monkeypatch, capfd):
+    """Agent 1's gradient turns NaN in its third of six updates; the others go on by themselves."""
+    optimise, calls = fedppo.ppo_core.optimise, []
+
+    def broken(policy, *args):
+        calls.append(policy)
+        if len(calls) == 9:  # 3 agents, 2 updates a round: agent 1's first in round 2
+            for parameter in policy.parameters():
+                parameter.register_hook(lambda gradient: gradient * torch.nan)
+        return optimise(policy, *args)
+    monkeypatch.setattr(fedppo.ppo_core, "optimise", broken)
+    folder = main(tmp_path, "run", "--agents", "3", "--rounds", "3")
+    rows = metrics(folder)
+    assert len(calls) == 3 * 6 - 3, "no update of it after that"
+    frozen = [row for row in rows if row["agent"] == 1 and row["update"] >= 3]
+    assert len(frozen) == 4 and all(row["reward"] is None and row["episodes"] == 16 for row in frozen)
+    assert all(row["missed"].startswith("agent 1 diverged in update 3: the gradient's norm is nan") for row in frozen)
+    assert len({row["judge"] for row in frozen if row["judge"] is not None}) == 1, "its policy stays what it was"
+    for row in rows:
+        if row["agent"] != 1:
+            assert row["missed"] == ("agent 1 diverged" if row["round"] == 3 else None)
+            assert row["update"] == 0 or row["reward"] is not None
+    said = capfd.readouterr()
+    assert (said.out + said.err).count("it is frozen and left out of exchanges") == 1
+
+
+def test_an_arm_whose_agents_all_diverge_stops_the_run(tmp_path, capfd):
+    flags = ["--preset", "tiny", "--out", str(tmp_path), "--name", "run", *SMALL, "--agents", "2", "--lr", "1e9"]
+    assert fedppo.main(flags) == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("stopped: ")]
+    assert len(errors) == 1 and "agent 0 diverged in update" in errors[0]
+
+
+def test_an_explosion_is_said_once_per_agent(tmp_path, monkeypatch, capfd):
+    assert set(fedppo.ALARMS) == {"reward", "kl", "kl_initial"}
+    monkeypatch.setattr(fedppo, "ALARMS", {"length": 1.0, "entropy": 1e6})  # one is always passed, the other never
+    main(tmp_path, "run", "--agents", "2", "--rounds", "2")
+    said = "".join(capfd.readouterr())
+    assert said.count("warning: federated, seed 0, agent 0, update 1: length is") == 1
+    assert said.count("length is") == 2 and "entropy is" not in said
 
 
 def test_participation_is_a_probability_with_a_stream_of_its_own():

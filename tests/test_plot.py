@@ -233,7 +233,7 @@ def test_summary_by_hand():
 
 def test_the_table_says_how_often_a_peer_was_missed():
     rows = [row | {"missed": "agent 0 absent" if row["agent"] and row["update"] else None} for row in TWO_AGENTS]
-    assert "isolated: 2 times an agent was absent or missed a peer" in plot.table(plot.summarise(rows))
+    assert "isolated: 2 times an agent was absent, frozen or missed a peer" in plot.table(plot.summarise(rows))
     assert "missed a peer" not in plot.table(plot.summarise(TWO_AGENTS))
 
 
