@@ -350,9 +350,9 @@ def communication_matrix(s: Settings) -> torch.Tensor:
         shape = " x ".join(map(str, matrix.shape)) or "a number"
         raise UserError(f"--topology {s.topology}: the matrix is {shape}, and {s.agents} agents need {s.agents} x "
                         f"{s.agents}")
-    if not (torch.isfinite(matrix) & (matrix >= 0)).all():
-        raise UserError(f"--topology {s.topology}: weights must be finite and not negative")
     sums = matrix.sum(1, keepdim=True)
+    if not (torch.isfinite(sums) & (matrix >= 0)).all():
+        raise UserError(f"--topology {s.topology}: weights must be finite, their sums too, and not negative")
     if (sums == 0).any():
         raise UserError(f"--topology {s.topology}: row {int((sums == 0).flatten().nonzero()[0])} is all zeros; an "
                         "agent that hears nobody has weight 1 on itself")
@@ -945,10 +945,15 @@ class Run:
                  "agents": [agent.state_dict() for agent in agents],
                  "frozen": [policy.model.state_dict() for policy in frozen if inside]}
         path = self.folder / f"checkpoint-{len(self.rows):08d}.pt"
-        with path.with_suffix(".tmp").open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name without its content
+        try:
+            with path.with_suffix(".tmp").open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut could leave the new name without its content
+        except (OSError, RuntimeError) as error:  # torch hides a full disk behind a RuntimeError
+            path.with_suffix(".tmp").unlink(missing_ok=True)
+            raise OSError(0, f"no checkpoint can be written ({' '.join(str(error).split())[:100]})",
+                          str(path)) from None
         os.replace(path.with_suffix(".tmp"), path)
         for old in self.checkpoints()[:-2]:
             old.unlink()
@@ -1105,6 +1110,10 @@ def execute(s: Settings, reason: str) -> None:
     except UserError:
         run.discard()
         raise
+    except OSError as error:  # a full disk, as a rule
+        run.bar.close()
+        raise UserError(f"{error.filename or run.folder}: {error.strerror}; make room and continue with --resume "
+                        f"{run.folder}") from None
     except FloatingPointError as error:
         run.bar.close()
         last = run.rows[-1]

@@ -151,7 +151,7 @@ def topic_table(study: Study, stage: str) -> list[str]:
 
 def regime_table(study: Study, stage: str) -> list[str]:
     """One line per regime: the level of `isolated`, and each other arm's difference from it."""
-    arms = [arm for arm in study.arms if arm in ("fedavg", "federated", "federated merged")]
+    arms = [arm for arm in study.arms if arm in SUBJECTS]
     lines = []
     for regime in study.regimes:
         values = study.values("isolated", regime, stage)
@@ -325,7 +325,7 @@ def draw_forest(figure, study: Study) -> None:
     rows = [(regime, "judge_final", regime) for regime in study.regimes]
     rows.append(("two communities", "own_truth", "two communities, own truth"))
     rows = [row for row in rows if study.pairs("federated", "isolated", *row[:1], "reported").shape[-1] > 1]
-    arms = [arm for arm in ("federated", "fedavg", "federated merged", "federated in communities") if arm in study.arms]
+    arms = [arm for arm in ("federated", "federated merged", "federated in communities") if arm in study.arms]
     figure.set_size_inches(8.4, 2.2 + 0.6 * len(rows))
     axes = figure.subplots()
     labels = []
@@ -335,7 +335,7 @@ def draw_forest(figure, study: Study) -> None:
             pairs = study.pairs(arm, "isolated", regime, "reported", column)
             if pairs.shape[-1] > 1:
                 mean, low, high = plot.paired_difference(*pairs)
-                axes.errorbar(mean, y + 0.2 * (k - 1.5), xerr=[[mean - low], [high - mean]], color=STYLES[arm][0],
+                axes.errorbar(mean, y + 0.24 * (k - 1), xerr=[[mean - low], [high - mean]], color=STYLES[arm][0],
                               marker=STYLES[arm][2], markersize=6, capsize=3, linestyle="none", label=arm)
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), labels)
@@ -345,14 +345,14 @@ def draw_forest(figure, study: Study) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if named:
-        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def draw_bytes(figure, study: Study) -> None:
     """Judge's score after each round against what an agent has received by then."""
     lines = {"federated": ["headline", "1 update a round", "2 updates a round", "8 updates a round"],
-             "fedavg": ["headline", "1 update a round", "2 updates a round", "8 updates a round"],
-             "federated merged": ["headline"]}
+             "federated merged": ["headline", "1 update a round", "2 updates a round", "8 updates a round"],
+             "fedavg": ["headline"]}
     figure.set_size_inches(8.4, 5)
     axes = figure.subplots()
     seeds = set()

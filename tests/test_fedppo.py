@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fedppo
 import kl
@@ -140,6 +142,40 @@ def test_without_zeroes_columns_and_normalises_rows_by_hand():
                                               [0, 0.5, 0.5, 0],  # its own copy is good enough for itself
                                               [0, 0, 1, 0],  # nobody is left but itself
                                               [0, 0, 0, 1]], dtype=torch.float64))  # absent
+
+
+@given(st.data(), st.integers(1, 6))
+def test_without_keeps_rows_normalised_and_the_proportions_of_those_that_are_left(data, n):
+    numbers = data.draw(st.lists(st.floats(0, 1), min_size=n * n, max_size=n * n))
+    matrix = torch.tensor(numbers, dtype=torch.float64).view(n, n) + 1e-3 * torch.eye(n, dtype=torch.float64)
+    matrix = matrix / matrix.sum(1, keepdim=True)
+    present = data.draw(st.lists(st.integers(0, n - 1), unique=True))
+    usable = [j for j in present if data.draw(st.booleans())]
+    left = fedppo.without(matrix, usable, present)
+    assert torch.allclose(left.sum(1), torch.ones(n, dtype=torch.float64)) and (left >= 0).all()
+    for i in range(n):
+        assert not any(left[i, j] for j in range(n) if j not in usable and j != i)
+        kept = [j for j in range(n) if j in usable or j == i] if i in present else [i]
+        expected = matrix[i, kept] / matrix[i, kept].sum()
+        assert torch.allclose(left[i, kept], expected)
+
+
+NUMBERS = st.floats() | st.integers() | st.sampled_from([0, 1e308, -1, 5e-324])
+
+
+@given(st.lists(st.lists(NUMBERS, min_size=2, max_size=2), min_size=2, max_size=2) |
+       st.recursive(st.none() | st.booleans() | NUMBERS | st.text(max_size=3),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner)))
+def test_any_json_is_a_matrix_or_an_error_of_one_line(tmp_path_factory, content):
+    file = tmp_path_factory.mktemp("matrix") / "w.json"
+    file.write_text(json.dumps(content))
+    settings = dataclasses.replace(Settings(), agents=2, topology=str(file))
+    try:
+        matrix = fedppo.communication_matrix(settings)
+    except fedppo.UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert matrix.shape == (2, 2) and torch.allclose(matrix.sum(1), torch.ones(2, dtype=torch.float64))
 
 
 def spoil(kind: str, message: fedppo.Message) -> fedppo.Message:

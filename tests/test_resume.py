@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -165,6 +166,20 @@ def test_reward_models_that_are_not_the_runs_own_are_noticed(stopped_in, monkeyp
     assert fedppo.main(["--resume", str(folder)]) == 2
     assert "reward models" in capfd.readouterr().err
     assert sorted(folder.glob("checkpoint-*.pt")), "nothing is lost"
+
+
+def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, unstopped):
+    """The largest size of a file, set for the process, stands for the end of the disk: a checkpoint is larger."""
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    command = [sys.executable, str(HOME / "fedppo.py"), *FLAGS, "--out", str(tmp_path), "--name", "run"]
+    failed = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert failed.returncode == 2 and len(errors) == 1 and "Traceback" not in failed.stderr
+    assert "checkpoint-" in errors[0] and f"--resume {tmp_path / 'run'}" in errors[0]
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert fedppo.main(["--resume", str(tmp_path / "run")]) == 0
+    assert outcome(tmp_path / "run") == unstopped
 
 
 @pytest.mark.slow
