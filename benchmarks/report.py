@@ -149,15 +149,14 @@ def topic_table(study: Study, stage: str) -> list[str]:
                  "`federated` minus it, seeds better", lines)
 
 
-def regime_table(study: Study, stage: str) -> list[str]:
+def regime_table(study: Study, stage: str, column: str = "judge_final") -> list[str]:
     """One line per regime: the level of `isolated`, and each other arm's difference from it."""
     arms = [arm for arm in study.arms if arm in SUBJECTS]
     lines = []
     for regime in study.regimes:
-        values = study.values("isolated", regime, stage)
-        if len(values) > 1:
-            lines.append([regime, f"{plot.iqm(values):.2f}",
-                          *(difference(study.pairs(arm, "isolated", regime, stage)) for arm in arms)])
+        if len(study.cell("isolated", regime, stage)) > 1:
+            lines.append([regime, f"{plot.iqm(study.values('isolated', regime, stage, column)):.2f}",
+                          *(difference(study.pairs(arm, "isolated", regime, stage, column)) for arm in arms)])
     return table("regime | `isolated` | " + " | ".join(f"`{arm}` minus it, seeds better" for arm in arms), lines)
 
 
@@ -184,6 +183,20 @@ def together_table(study: Study, stage: str) -> list[str]:
                           difference(np.array([average, final]))])
     return table("arm | its agents, mean | average of their weights | geometric mixture | average minus agents, "
                  "seeds better", lines)
+
+
+def failure_table(study: Study) -> list[str]:
+    """Every comparison, of those in the other tables, in which the band of a federated arm's gain is not above 0."""
+    lines = []
+    asked = [(name, arm, "headline", "judge_final") for name in SUBJECTS for arm in study.arms if "," not in arm]
+    asked += [(name, "isolated", regime, "judge_final") for name in SUBJECTS for regime in study.regimes[1:]]
+    asked += [(name, "isolated", "two communities", "own_truth") for name in SUBJECTS]
+    for name, arm, regime, column in asked:
+        pairs = study.pairs(name, arm, regime, "reported", column)
+        if name != arm and pairs.shape[-1] > 1 and plot.paired_difference(*pairs)[1] <= 0:
+            where = regime + (", own truth" if column == "own_truth" else "")
+            lines.append([f"`{name}`", f"`{arm}`", where, difference(pairs)])
+    return table("arm | minus | regime | difference, seeds better", lines)
 
 
 def penalty_table(study: Study) -> list[str]:
@@ -262,7 +275,9 @@ def write(folder: Path) -> str:
             "On the agent's own topics, reported seeds": topic_table(study, "reported"),
             "One policy for all, reported seeds": together_table(study, "reported"),
             "Regimes, reported seeds": regime_table(study, "reported"),
+            "Regimes, on the agent's own topics, reported seeds": regime_table(study, "reported", "own_topics"),
             "Two communities, reported seeds": community_table(study),
+            "No gain, or a loss, reported seeds": failure_table(study),
             "Places of the penalty, reported seeds": penalty_table(study)}.items():
         if len(rows) > 2:  # else its runs are still to come
             lines += ["", f"## {title}", "", *rows]

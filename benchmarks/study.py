@@ -192,6 +192,8 @@ def choose(rows: list[dict]) -> dict[str, dict]:
     chosen = {}
     for arm in [arm for arm in ARMS | TWINS if cells(rows, arm)]:
         (beta, lr), grid = best(rows, arm), cells(rows, arm)
+        if len(grid[beta, lr]) < len(TUNING):  # its search has been interrupted
+            continue
         chosen[arm] = {"beta": beta, "lr": lr, "mean": round(sum(grid[beta, lr]) / len(TUNING), 3),
                        "judge_final on seeds " + " ".join(map(str, TUNING)): {
                            f"beta {b:g}, lr {k:g}": [round(x, 3) if math.isfinite(x) else None for x in scores]
