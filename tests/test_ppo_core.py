@@ -650,13 +650,17 @@ def test_the_value_loss_reaches_the_trunk_but_not_the_logits(toy_policy, small_s
         assert any(grad.any() for grad in grads) == reached
 
 
-def test_optimise_refuses_a_gradient_that_is_not_finite(toy_policy, small_settings):
+@pytest.mark.parametrize("where, says", [("scores", "an advantage"), ("references", "the gradient's norm")])
+def test_optimise_refuses_what_is_not_finite_before_the_weights_change(toy_policy, small_settings, where, says):
     policy, s = toy_policy(), small_settings(response_length=5)
     references, weights = references_of(policy, "geometric")
     rollout = roll(policy, s, references, weights)
-    rollout.scores[2] = math.inf
+    if where == "scores":
+        rollout.scores[2] = math.inf
+    else:
+        rollout.references[:] = math.nan  # in the first minibatch too
     before = copy.deepcopy(policy.state_dict())
-    with pytest.raises(FloatingPointError, match="norm"):
+    with pytest.raises(FloatingPointError, match=says):
         optimise(policy, torch.optim.Adam(policy.parameters()), rollout, weights, 0.3, s, torch.Generator())
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 

@@ -60,10 +60,10 @@ def stopped_in(tmp_path, monkeypatch):
     return stop
 
 
-@pytest.mark.parametrize("number, which", [(1, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGTERM),
-                                           (9, signal.SIGTERM), (16, signal.SIGTERM)])
+@pytest.mark.parametrize("number, which", [(1, signal.SIGINT), (4, signal.SIGTERM), (11, signal.SIGTERM),
+                                           (16, signal.SIGTERM)])
 def test_a_signal_saves_the_update_it_came_in_and_the_run_goes_on(stopped_in, unstopped, capfd, number, which):
-    """Inside a round, at its end, in the second mode and at the very end."""
+    """Inside a round, at its end, inside one of the second mode and at the very end."""
     folder = stopped_in(number, which)
     assert f"--resume {folder} continues after this update" in capfd.readouterr().out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -93,14 +93,12 @@ def test_two_checkpoints_are_kept_every_so_many_rounds(tmp_path, monkeypatch):
                     ["checkpoint-00000018.pt", "checkpoint-00000022.pt"]]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "rows lost", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "rows lost"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped_in, unstopped, capfd, damage):
     folder = stopped_in(7, signal.SIGTERM)  # in the second round
     older, newer = sorted(folder.glob("checkpoint-*.pt"))
     if damage == "truncated":
         newer.write_bytes(newer.read_bytes()[:-1000])
-    if damage == "foreign":
-        torch.save({"model": torch.zeros(3)}, newer)
     if damage == "rows lost":
         lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
