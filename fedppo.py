@@ -47,6 +47,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
@@ -891,13 +893,13 @@ class Run:
         checkpoints = self.checkpoints()
         for file in reversed(checkpoints):
             try:
-                saved = torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain values alone
-                self.saved, self.samples = saved, saved["samples"]
+                saved = read_state(file)
                 self.rows = [json.loads(line) for line in lines[:saved["rows"]]]
                 if len(self.rows) < saved["rows"]:
                     raise ValueError(f"metrics.jsonl has {len(self.rows)} of the {saved['rows']} lines it speaks of")
+                self.saved, self.samples = saved, saved["samples"]
                 break
-            except Exception as error:  # torch.load fails in many ways
+            except Exception as error:  # damage shows in many ways
                 reason = " ".join(str(error).split())[:100]
                 if file == checkpoints[0]:
                     raise UserError(f"{file} cannot be read ({reason}), and there is no other checkpoint") from None
@@ -907,7 +909,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first; a name has the number of rows that were written before."""
-        return sorted(self.folder.glob("checkpoint-*.pt"))
+        return sorted(self.folder.glob("checkpoint-*.safetensors"))
 
     def log(self, mode: str, seed: int, agent: int, rnd: int, update: int, *, judge: float | None = None,
             **metrics: float | str | None) -> None:
@@ -944,17 +946,7 @@ class Run:
         state = {"mode": mode, "seed": task.seed, "rows": len(self.rows), "samples": self.samples, "probe": task.probe,
                  "agents": [agent.state_dict() for agent in agents],
                  "frozen": [policy.model.state_dict() for policy in frozen if inside]}
-        path = self.folder / f"checkpoint-{len(self.rows):08d}.pt"
-        try:
-            with path.with_suffix(".tmp").open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())  # else a power cut could leave the new name without its content
-        except (OSError, RuntimeError) as error:  # torch hides a full disk behind a RuntimeError
-            path.with_suffix(".tmp").unlink(missing_ok=True)
-            raise OSError(0, f"no checkpoint can be written ({' '.join(str(error).split())[:100]})",
-                          str(path)) from None
-        os.replace(path.with_suffix(".tmp"), path)
+        write_state(self.folder / f"checkpoint-{len(self.rows):08d}.safetensors", state)
         for old in self.checkpoints()[:-2]:
             old.unlink()
 
@@ -992,6 +984,50 @@ class Run:
             file.unlink()
         return (f"{plot.table(summary)}\n\npicture   {picture}\nsamples   {self.folder / 'samples.md'}\n"
                 f"agents    {self.folder / 'agents'}")
+
+
+def write_state(path: Path, state: dict) -> None:
+    """A nest of dicts, lists, tensors and plain values as one safetensors file: first under a temporary name, so that a
+    killed process leaves no half under this one. Raises OSError.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def plain(node, name: str):
+        if isinstance(node, torch.Tensor):
+            tensors[name] = node.detach().cpu().contiguous()
+            return {"tensor": name}
+        if isinstance(node, dict):  # as pairs: JSON has no keys but strings
+            return {"dict": [[key, plain(value, f"{name}.{key}")] for key, value in node.items()]}
+        return [plain(value, f"{name}.{k}") for k, value in enumerate(node)] if isinstance(node, list | tuple) else node
+
+    text, seen = json.dumps(plain(state, "state")), set()
+    for name, tensor in tensors.items():  # the format has no two names for one memory, as tied weights are
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, {"state": text, "digest": digest(dict(sorted(tensors.items())))})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the new name without its content
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(0, f"no checkpoint can be written ({' '.join(str(error).split())[:100]})", str(path)) from None
+    os.replace(temporary, path)
+
+
+def read_state(path: Path) -> dict:
+    """What write_state wrote, lists in place of tuples: nothing is unpickled. Raises an exception if it is damaged."""
+    with safe_open(path, "pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+    def nest(node):
+        if isinstance(node, dict):
+            return tensors[node["tensor"]] if "tensor" in node else {key: nest(value) for key, value in node["dict"]}
+        return [nest(value) for value in node] if isinstance(node, list) else node
+
+    if digest({name: tensors[name] for name in sorted(tensors)}) != header["digest"]:
+        raise ValueError("it does not match its hash")
+    return nest(json.loads(header["state"]))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -25,8 +25,10 @@ change of the algorithm remove study.csv.
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -297,10 +299,20 @@ class Recorder:
 TASKS: dict[tuple, fedppo.Task] = {}  # of this process: the last few, so that arms of one seed share reward models
 
 
+def parse(flags: str) -> fedppo.Settings:
+    return fedppo.parse(["--preset", "tiny", "--device", "cpu", *flags.split()])[0]
+
+
+@functools.cache
+def start() -> fedppo.World:
+    """The model and preference rows that all jobs of a process start from; no job changes them in place."""
+    return fedppo.World(parse(""))
+
+
 def prepare(job: Job) -> tuple[fedppo.World, fedppo.Task, str]:
-    settings, _ = fedppo.parse(["--preset", "tiny", "--device", "cpu", *job.flags.split()])
     transformers.utils.logging.disable_progress_bar()
-    world = fedppo.World(settings)
+    world = copy.copy(start())
+    world.settings = settings = parse(job.flags)
     if job.regime == "two communities":
         world.pairs = [relabel(pair, settings.response_length) for pair in world.pairs]
     if job.regime == "flipped labels":

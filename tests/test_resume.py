@@ -84,21 +84,24 @@ def test_two_checkpoints_are_kept_every_so_many_rounds(tmp_path, monkeypatch):
 
     def checkpoint(run, *args):
         original(run, *args)
-        kept.append([path.name for path in run.checkpoints()])
+        kept.append([int(path.stem.split("-")[1]) for path in run.checkpoints()])
     monkeypatch.setattr(fedppo.Run, "checkpoint", checkpoint)
     flags = [*FLAGS[:FLAGS.index("--rounds")], "--rounds", "5", "--updates", "2", "--save-every", "2"]
     assert fedppo.main([*flags, "--out", str(tmp_path), "--name", "run"]) == 0
     # 2 rows before training, then 4 a round; saved after rounds 2, 4 and the last
-    assert kept == [["checkpoint-00000010.pt"], ["checkpoint-00000010.pt", "checkpoint-00000018.pt"],
-                    ["checkpoint-00000018.pt", "checkpoint-00000022.pt"]]
+    assert kept == [[10], [10, 18], [18, 22]]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "rows lost"])
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "rows lost"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped_in, unstopped, capfd, damage):
     folder = stopped_in(7, signal.SIGTERM)  # in the second round
-    older, newer = sorted(folder.glob("checkpoint-*.pt"))
+    older, newer = sorted(folder.glob("checkpoint-*.safetensors"))
     if damage == "truncated":
         newer.write_bytes(newer.read_bytes()[:-1000])
+    if damage == "one bit":
+        content = bytearray(newer.read_bytes())
+        content[-1000] ^= 1
+        newer.write_bytes(content)
     if damage == "rows lost":
         lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
@@ -108,9 +111,28 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped_in, un
     assert outcome(folder) == unstopped
 
 
+def test_a_state_comes_back_as_it_was_written(tmp_path):
+    """Against torch.save: keys that are numbers, types, exact floats, tied and strided tensors, empty nests."""
+    tied = torch.arange(6.0).view(2, 3)
+    state = {"a": {0: tied, 1: tied, 2: tied.T}, "b": [1, 0.1, float("inf"), None, True, "text", [], {}],
+             "c": [torch.tensor(3), torch.tensor([1, 2], dtype=torch.uint8), torch.zeros(0), torch.ones(2).bfloat16()]}
+    fedppo.write_state(tmp_path / "state.safetensors", state)
+    torch.save(state, tmp_path / "state.pt")
+    found, expected = fedppo.read_state(tmp_path / "state.safetensors"), torch.load(tmp_path / "state.pt")
+
+    def leaves(node):
+        if isinstance(node, torch.Tensor):
+            return [node.dtype, node.shape, node.flatten().tolist()]
+        if isinstance(node, dict):
+            return {key: leaves(value) for key, value in node.items()}
+        return [leaves(value) for value in node] if isinstance(node, list) else (type(node), node)
+    assert leaves(found) == leaves(expected)
+    assert [path.name for path in tmp_path.glob("state*")] and not list(tmp_path.glob("*.tmp"))
+
+
 def test_without_a_checkpoint_that_can_be_read_there_is_one_line(stopped_in, capfd):
     folder = stopped_in(7, signal.SIGTERM)
-    for file in folder.glob("checkpoint-*.pt"):
+    for file in folder.glob("checkpoint-*.safetensors"):
         file.write_bytes(b"half a file")
     capfd.readouterr()
     assert fedppo.main(["--resume", str(folder)]) == 2
@@ -128,7 +150,7 @@ class Malicious:
 
 def test_a_malicious_checkpoint_is_refused_and_not_run(stopped_in, unstopped, tmp_path, capfd):
     folder = stopped_in(7, signal.SIGTERM)
-    newer = max(folder.glob("checkpoint-*.pt"))
+    newer = max(folder.glob("checkpoint-*.safetensors"))
     torch.save({"rows": 9, "samples": Malicious(tmp_path / "owned")}, newer)
     pickle.loads(pickle.dumps(Malicious(tmp_path / "proof")))
     assert (tmp_path / "proof").exists(), "the payload would run if it were unpickled"
@@ -163,7 +185,7 @@ def test_reward_models_that_are_not_the_runs_own_are_noticed(stopped_in, monkeyp
     capfd.readouterr()
     assert fedppo.main(["--resume", str(folder)]) == 2
     assert "reward models" in capfd.readouterr().err
-    assert sorted(folder.glob("checkpoint-*.pt")), "nothing is lost"
+    assert sorted(folder.glob("checkpoint-*.safetensors")), "nothing is lost"
 
 
 def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, unstopped):
@@ -194,12 +216,12 @@ def test_a_run_killed_twenty_times_ends_like_one_that_was_not(tmp_path, unstoppe
             subprocess.run(["rm", "-r", str(folder)], check=True)
         process = subprocess.Popen([*command, *(["--resume", str(folder)] if folder.exists() else arguments)],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        before = list(folder.glob("checkpoint-*.pt")) if folder.exists() else []
+        before = list(folder.glob("checkpoint-*.safetensors")) if folder.exists() else []
         if attempt % 3 == 2:
             while process.poll() is None and not list(folder.glob("checkpoint-*.tmp")):
                 pass
         else:
-            while process.poll() is None and list(folder.glob("checkpoint-*.pt")) == before:
+            while process.poll() is None and list(folder.glob("checkpoint-*.safetensors")) == before:
                 time.sleep(0.01)  # it trains: what is killed later loses something
             time.sleep(rng.random())
         if process.poll() is None:
