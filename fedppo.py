@@ -142,6 +142,9 @@ class Settings:
     merge: bool = setting(False, "at each exchange an agent's policy itself becomes the average of the received "
                           "weights, by its row of the matrix, and goes on from there (off: it hears of the others "
                           "through the penalty alone)", group="federation")
+    outlier: float = setting(0.0, "leave out a peer whose policy is more than this many times as far from the agent's "
+                             "own as the median peer's, by KL on the agent's own prompts; 0: trust every peer",
+                             group="federation")
 
     batch: int = setting(32, "episodes per PPO update and agent", pythia=64, group="PPO")
     response_length: int = setting(20, "longest response, in tokens", pythia=24, group="PPO")
@@ -306,7 +309,7 @@ def check_settings(s: Settings) -> None:
     for name in fractions:
         if not 0 <= getattr(s, name) <= 1:
             raise UserError(f"{flags[name]} must lie between 0 and 1, not {getattr(s, name)}")
-    for name in ("threads", "vf_coef", "missing_eos_penalty"):
+    for name in ("threads", "vf_coef", "missing_eos_penalty", "outlier"):
         if not 0 <= getattr(s, name) < float("inf"):
             raise UserError(f"{flags[name]} must not be negative, and is {getattr(s, name)}")
     if len(s.beta) not in (1, len(s.mode)) or not all(0 <= beta < float("inf") for beta in s.beta):
@@ -319,6 +322,10 @@ def check_settings(s: Settings) -> None:
         raise UserError(f"--batch {s.batch} cannot be cut into --minibatches {s.minibatches} of equal size")
     if s.merge and "federated" not in s.mode:
         raise UserError(f"--merge merges what --mode federated exchanges, and has no part in {_show(s.mode)}")
+    if s.outlier and "federated" not in s.mode:
+        raise UserError(f"--outlier chooses among what --mode federated exchanges, and has no part in {_show(s.mode)}")
+    if 0 < s.outlier < 1:
+        raise UserError(f"--outlier {s.outlier:g} would leave out the median peer: it must be at least 1, or 0 for off")
     if s.penalty == "both" and s.gamma != 1:
         raise UserError("--penalty both is the gradient of the undiscounted sequence KL: it needs --gamma 1")
     if s.agents > 1000:
@@ -504,7 +511,8 @@ class Agent:
         total = s.rounds * s.updates
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda done: 1 - done / total if s.lr_schedule == "linear" else 1.0)
-        self.streams = {name: generator(task.seed, index, name) for name in ("prompts", "sampling", "minibatches")}
+        self.streams = {name: generator(task.seed, index, name) for name in
+                        ("prompts", "sampling", "minibatches", "peers")}
         self.queue: list[int] = []  # prompts of this pass that are still to come
         self.received = 0  # bytes, at all exchanges so far
         self.row, self.missed = torch.ones(1), None  # of W in this round; whom it could not hear, in words
@@ -631,7 +639,7 @@ def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matr
     policy becomes the plain average, which is also the reference until the next exchange (1602.05629). With `merge` an
     agent's policy becomes the average by its row of the matrix, and the references stay what was sent. An absent agent
     neither sends nor receives: it goes on with its own copy. A message with a fault is left out, and so is an agent
-    that has diverged.
+    that has diverged, or a policy that is an outlier among a receiver's peers (`outliers`).
     """
     own = [agent.policy.model.state_dict() for agent in agents]
     size = sum(tensor.numel() * tensor.element_size() for tensor in own[0].values())
@@ -654,28 +662,53 @@ def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matr
         sent = torch.tensor([j in messages for j in range(len(agents))])
         received = [int((heard[i] & sent).sum() - heard[i, i].long()) * size * (i in messages)
                     for i in range(len(agents))]
-        matrix = without(matrix, usable, list(messages))
+    matrix, missed = matrix.clone(), []
+    for i, agent in enumerate(agents):
+        peers = {j: reasons[j] for j in range(len(agents)) if heard[i, j] and i != j}
+        if mode == "federated" and agent.settings.outlier and i in messages:
+            peers |= dict.fromkeys(outliers(agent, {j: frozen[j] for j in peers if j in usable}), "is an outlier")
+        left_out = [j for j, reason in peers.items() if reason or i not in messages]
+        matrix[i] = without(matrix[i], i, left_out)
+        told = "; ".join(f"agent {j} {reason}" for j, reason in peers.items() if reason)
+        missed.append((told if i in messages else reasons[i]) or None)
     if agents[0].settings.merge and mode == "federated":
         for i in messages:
             agents[i].policy.model.load_state_dict(
                 kl.average_weights([policy.model.state_dict() for policy in frozen], matrix[i]))
-    missed = ["; ".join(f"agent {j} {reasons[j]}" for j in range(len(agents)) if reasons[j] and heard[i, j] and i != j)
-              if i in messages else reasons[i] for i in range(len(agents))]
-    return Exchange(matrix, received, [text or None for text in missed])
+    return Exchange(matrix, received, missed)
 
 
-def without(matrix: torch.Tensor, usable: list[int], present: list[int]) -> torch.Tensor:
-    """W [N, N] of a round in which only `usable` references can be used: other columns are 0 off the diagonal, and rows
-    are normalised again. An absent agent, or one that nobody is left for, has its own reference."""
-    n = len(matrix)
-    if len(usable) == n:
-        return matrix
-    identity = torch.eye(n, dtype=matrix.dtype)
-    kept = torch.tensor([j in usable for j in range(n)]) | identity.bool()
-    here = torch.tensor([i in present for i in range(n)])
-    weights = torch.where(here[:, None], matrix * kept, identity)
-    sums = weights.sum(1, keepdim=True)
-    return torch.where(sums > 0, weights / sums, identity)
+def without(row: torch.Tensor, own: int, left_out: list[int]) -> torch.Tensor:
+    """A row of W [N] with weight 0 for those left out, normalised again; if nobody is left, all is its own."""
+    if not left_out:
+        return row
+    row = row.clone()
+    row[left_out] = 0
+    return row / row.sum() if row.sum() > 0 else torch.eye(len(row), dtype=row.dtype)[own]
+
+
+SAME = 0.01  # nats per token: policies nearer than this are not told apart, so that no noise makes an outlier
+
+
+@torch.no_grad()
+def outliers(agent: Agent, peers: dict[int, ppo_core.Policy]) -> list[int]:
+    """Which peers' policies are much further from the agent's own than the median peer's.
+
+    Distance: the exact KL(own||peer) per token, mean over the tokens of one batch of responses that the agent samples
+    to prompts of its own, so that nothing private is shared. Of two peers the nearer one is the median; a single peer
+    is never an outlier.
+    """
+    world, s, stream = agent.world, agent.settings, agent.streams["peers"]
+    chosen = torch.randperm(len(agent.prompts), generator=stream)[:agent.batch].tolist()
+    distances = []  # [K][number of batches of 64]
+    for prompt, attention, response, mask in world.batches([agent.prompts[k] for k in chosen], agent.policy, stream):
+        part = torch.cat([prompt, response], 1), torch.cat([attention, mask], 1), response, mask
+        own, *others = (ppo_core.evaluate(policy, *part, s.temperature)[1]
+                        for policy in (agent.policy, *peers.values()))  # [b, T, V]
+        distances.append([ppo_core.masked_mean(kl.kl_exact(own, other), mask) for other in others])
+    far = torch.tensor(distances).nan_to_num(nan=torch.inf).mean(0)  # [K]
+    limit = agent.settings.outlier * max(SAME, far.median().item()) if peers else 0
+    return [j for j, distance in zip(peers, far.tolist(), strict=True) if distance > limit]
 
 
 def participants(s: Settings, seed: int, rnd: int, n_agents: int) -> list[bool]:

@@ -443,7 +443,7 @@ OTHER = {  # a value that is neither preset's, where twice the preset's would no
     "device": "cpu", "dtype": "bfloat16", "model": "tiny/other", "dataset": "tiny/rows.jsonl", "splits": ("a", "b"),
     "shards": "iid", "judge": "none", "reward": "shared", "reward_pooling": "last", "rule": "weights",
     "topology": "ring", "lr_schedule": "linear", "penalty": "reward", "estimator": "k2", "anchor": 0.5,
-    "participation": 0.5, "beta": (0.7,), "gamma": 0.5, "lam": 0.5,
+    "participation": 0.5, "outlier": 3.0, "beta": (0.7,), "gamma": 0.5, "lam": 0.5,
     "self_weight": 0.5, "minibatches": 8, "missing_eos_penalty": 0.25, "threads": 3}
 
 

@@ -1,5 +1,6 @@
 """The federation: what crosses the wire, who listens to whom, and whole runs through main()."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -133,31 +134,93 @@ def test_merge_moves_each_policy_to_the_average_of_its_row(small):
         agent.policy.model.load_state_dict(before[i])
 
 
-def test_without_zeroes_columns_and_normalises_rows_by_hand():
-    matrix = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.0, 0.5, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.25] * 4],
-                          dtype=torch.float64)
-    assert fedppo.without(matrix, [0, 1, 2, 3], [0, 1, 2, 3]) is matrix
-    left = fedppo.without(matrix, [0, 2], [0, 1, 2])  # agent 1 sent nonsense, agent 3 is absent
-    assert torch.allclose(left, torch.tensor([[2 / 3, 0, 1 / 3, 0],  # 0.4 : 0.2
-                                              [0, 0.5, 0.5, 0],  # its own copy is good enough for itself
-                                              [0, 0, 1, 0],  # nobody is left but itself
-                                              [0, 0, 0, 1]], dtype=torch.float64))  # absent
+@pytest.mark.parametrize("row, own, left_out, expected", [
+    ([0.4, 0.2, 0.2, 0.2], 0, [1, 3], [2 / 3, 0, 1 / 3, 0]),  # 0.4 : 0.2
+    ([0.0, 1.0, 0.0, 0.0], 2, [1], [0, 0, 1, 0]),  # nobody is left but itself
+    ([0.25] * 4, 3, [0, 1, 2], [0, 0, 0, 1]),
+])
+def test_without_is_what_is_left_normalised(row, own, left_out, expected):
+    row = torch.tensor(row, dtype=torch.float64)
+    assert fedppo.without(row, own, []) is row
+    assert torch.allclose(fedppo.without(row, own, left_out), torch.tensor(expected, dtype=torch.float64))
 
 
 @given(st.data(), st.integers(1, 6))
-def test_without_keeps_rows_normalised_and_the_proportions_of_those_that_are_left(data, n):
-    numbers = data.draw(st.lists(st.floats(0, 1), min_size=n * n, max_size=n * n))
-    matrix = torch.tensor(numbers, dtype=torch.float64).view(n, n) + 1e-3 * torch.eye(n, dtype=torch.float64)
-    matrix = matrix / matrix.sum(1, keepdim=True)
-    present = data.draw(st.lists(st.integers(0, n - 1), unique=True))
-    usable = [j for j in present if data.draw(st.booleans())]
-    left = fedppo.without(matrix, usable, present)
-    assert torch.allclose(left.sum(1), torch.ones(n, dtype=torch.float64)) and (left >= 0).all()
-    for i in range(n):
-        assert not any(left[i, j] for j in range(n) if j not in usable and j != i)
-        kept = [j for j in range(n) if j in usable or j == i] if i in present else [i]
-        expected = matrix[i, kept] / matrix[i, kept].sum()
-        assert torch.allclose(left[i, kept], expected)
+def test_without_keeps_a_row_normalised_and_the_proportions_of_those_that_are_left(data, n):
+    numbers = data.draw(st.lists(st.floats(0, 1), min_size=n, max_size=n))
+    own = data.draw(st.integers(0, n - 1))
+    row = torch.tensor(numbers, dtype=torch.float64)
+    row[own] += 1e-3
+    row = row / row.sum()
+    left_out = data.draw(st.lists(st.integers(0, n - 1).filter(lambda j: j != own), unique=True))
+    left = fedppo.without(row, own, left_out)
+    kept = [j for j in range(n) if j not in left_out]
+    assert abs(left.sum() - 1) < 1e-9 and (left >= 0).all() and not left[left_out].any()
+    assert torch.allclose(left[kept], row[kept] / row[kept].sum())
+
+
+def test_outliers_are_far_by_kl_on_the_agents_own_prompts(small):
+    """Against the distance written out: policies whose logits are the agent's own, scaled."""
+    world, agents = small
+    agent = agents[0]
+
+    def moved(by: float):
+        policy = copy.deepcopy(agent.policy)
+        with torch.no_grad():  # a direction that every hidden state shares is not to be had: scale the logits instead
+            policy.model.get_output_embeddings().weight.mul_(1 + by)
+        return policy
+    peers = {1: moved(0.2), 2: moved(0.2), 3: moved(0.6), 5: moved(-1)}  # 5: uniform
+    state = agent.streams["peers"].get_state()
+    rows = torch.randperm(len(agent.prompts), generator=agent.streams["peers"])[:agent.batch].tolist()
+    (prompt, attention, response, mask), = world.batches([agent.prompts[k] for k in rows], agent.policy,
+                                                         agent.streams["peers"])
+    far = {}
+    for j, peer in peers.items():
+        logits = [policy.response_forward(torch.cat([prompt, response], 1), torch.cat([attention, mask], 1),
+                                          prompt.shape[1])[0].double() for policy in (agent.policy, peer)]
+        possible = logits[0] > -torch.inf
+        own, other = (torch.where(possible, x, -1e9).log_softmax(-1) for x in logits)
+        far[j] = ((own.exp() * (own - other)).sum(-1)[mask.bool()]).mean().item()
+    median = sorted(far.values())[1]
+    assert far[1] == far[2] == median > fedppo.SAME and far[3] > 3 * median and far[5] > far[3]
+    with pytest.MonkeyPatch.context() as patch:
+        for factor, expected in [(1.0, [3, 5]), (far[3] / median * 1.01, [5]), (far[3] / median * 0.99, [3, 5]),
+                                 (far[5] / median * 1.01, [])]:
+            agent.streams["peers"].set_state(state)
+            patch.setattr(agent, "settings", dataclasses.replace(world.settings, outlier=factor))
+            assert fedppo.outliers(agent, peers) == expected
+        patch.setattr(agent, "settings", dataclasses.replace(world.settings, outlier=1.0))
+        assert fedppo.outliers(agent, {}) == fedppo.outliers(agent, {4: peers[5]}) == []
+        broken = moved(0)
+        broken.model.get_output_embeddings().weight.data.mul_(torch.nan)
+        assert fedppo.outliers(agent, {1: broken, 2: peers[1], 3: peers[2]}) == [1]
+        assert fedppo.outliers(agent, {1: moved(0), 2: moved(1e-3), 3: moved(3e-3)}) == [], "no noise is an outlier"
+
+
+@pytest.mark.parametrize("flags", [[], ["--merge"]])
+def test_an_outlier_is_left_out_by_those_who_are_not(tmp_path, monkeypatch, flags):
+    """Agent 1 of four sends random weights from round 2 on; without the option all hear it."""
+    send, calls = fedppo.send, []
+
+    def attack(agent):
+        calls.append(agent.index)
+        message = send(agent)
+        if agent.index != 1 or len(calls) < 5:
+            return message
+        noise = {name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+                 for name, tensor in message.weights.items()}
+        return fedppo.Message(noise, fedppo.digest(noise))
+    monkeypatch.setattr(fedppo, "send", attack)
+    flags = ["--agents", "4", "--rounds", "3", *flags]
+    rows = metrics(main(tmp_path, "defended", *flags, "--outlier", "3"))
+    for row in rows:
+        if row["agent"] != 1:
+            assert row["missed"] == ("agent 1 is an outlier" if row["round"] > 1 else None)
+            assert row["kl"] is None or row["kl"] < 5
+    calls.clear()
+    undefended = metrics(main(tmp_path, "undefended", *flags))
+    assert not any(row["missed"] for row in undefended)
+    assert max(row["kl"] or 0 for row in undefended if row["agent"] != 1) > 20
 
 
 NUMBERS = st.floats() | st.integers() | st.sampled_from([0, 1e308, -1, 5e-324])
