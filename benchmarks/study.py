@@ -36,7 +36,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -327,8 +327,8 @@ def prepare(job: Job) -> tuple[fedppo.World, fedppo.Task, str]:
     return world, TASKS[task_key], mode
 
 
-def run(job: Job) -> dict:
-    """Train one arm -> its row. A run that diverges has no scores."""
+def run(job: Job, bad: int = 0) -> dict:
+    """Train one arm -> its row. A run that diverges has no scores. Of the agents the first `bad` ones do not count."""
     torch.set_num_threads(1)
     world, task, mode = prepare(job)
     recorder, row = Recorder(), dict.fromkeys(COLUMNS, "")
@@ -337,7 +337,7 @@ def run(job: Job) -> dict:
         agents = fedppo.train(world, task, mode, recorder)
     except FloatingPointError:
         return row
-    counted = [agent for agent in agents if job.regime != "flipped labels" or agent.index > 0]  # the honest ones
+    counted = agents[1 if job.regime == "flipped labels" else bad:]  # the honest ones
     rows = [r for r in recorder.rows if r["agent"] in {agent.index for agent in counted}]
     summary = plot.summarise(rows)["modes"][mode]["seeds"][str(job.seed)]
     updates, judged = plot.seed_curves(rows, mode, "judge")
@@ -423,32 +423,35 @@ def load(path: Path) -> list[dict]:
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
-def save(path: Path, rows: list[dict]) -> None:
+def save(path: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
     """All rows in a fixed order, under a temporary name first."""
-    arms, regimes = list(ARMS | PENALTY_ARMS | COMMUNITY_ARMS), list(REGIMES)
-    rows = sorted(rows, key=lambda row: (regimes.index(row["regime"]), arms.index(row["arm"]), int(row["seed"]),
+    regimes, arms = ({name: k for k, name in enumerate(names)} for names in
+                     (REGIMES, ARMS | PENALTY_ARMS | COMMUNITY_ARMS))
+    rows = sorted(rows, key=lambda row: (regimes.get(row["regime"], len(regimes)), row["regime"],
+                                         arms.get(row["arm"], len(arms)), row["arm"], int(row["seed"]),
                                          row["settings"]))
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)
 
 
-def complete(path: Path, jobs: list[Job], stage: str, processes: int) -> list[dict]:
+def complete(path: Path, jobs: list[Job], stage: str, processes: int, run: Callable[[Job], dict] = run,
+             columns: tuple[str, ...] = COLUMNS) -> list[dict]:
     """Do those of the jobs that path does not hold, and add them to it -> all its rows."""
     rows = load(path)
     done = {key(row) for row in rows}
     pending = list(dict.fromkeys(j for j in jobs if j not in done))
     if not pending:
         return rows
-    save(path, rows)
+    save(path, rows, columns)
     bar = tqdm(total=round(sum(j.cost for j in pending)), desc=stage, unit="run", smoothing=0.05, dynamic_ncols=True,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}, {remaining} left]")
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("a", newline=""))
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes)) if processes > 1 else None
         for row in (pool.imap_unordered if pool else map)(run, pending):
             writer.writerow(row)
@@ -456,7 +459,7 @@ def complete(path: Path, jobs: list[Job], stage: str, processes: int) -> list[di
             bar.update(key(row).cost)
     bar.close()
     rows = load(path)
-    save(path, rows)
+    save(path, rows, columns)
     return rows
 
 

@@ -238,20 +238,23 @@ def fake_run(job: study.Job) -> dict:
                                                "settings": job.flags, "judge_final": "0.5"}
 
 
-def test_finished_runs_are_not_repeated_and_a_broken_last_line_is(tmp_path, monkeypatch):
+def test_finished_runs_are_not_repeated_and_a_broken_last_line_is(tmp_path):
     done = []
-    monkeypatch.setattr(study, "run", lambda job: done.append(job) or fake_run(job))
+
+    def run(job: study.Job) -> dict:
+        done.append(job)
+        return fake_run(job)
     jobs = [study.job("isolated", "headline", seed, 0.1, 1e-3) for seed in range(4)]
     path = tmp_path / "study.csv"
-    study.complete(path, jobs[:3], "test", 1)
+    study.complete(path, jobs[:3], "test", 1, run)
     assert done == jobs[:3]
     text = path.read_text()
     for cut in (1, 20, 60):  # killed while it wrote the last row
         path.write_text(text[:-cut])
         assert len(study.load(path)) == 2
-    rows = study.complete(path, jobs + jobs, "test", 1)
+    rows = study.complete(path, jobs + jobs, "test", 1, run)
     assert done[3:] == jobs[2:] and len(rows) == 4, "each of them once"
-    assert study.complete(path, jobs, "test", 1) == rows and len(done) == 5
+    assert study.complete(path, jobs, "test", 1, run) == rows and len(done) == 5
 
 
 # -------------------------------------------------------------------------------------------------------- tables
