@@ -81,6 +81,10 @@ def _pair(row: dict, split: str, number: int, labelled: bool) -> Pair:
                         '{"role", "content"} messages, from the user (prompt) and the assistant') from None
     if not pair.prompt:
         raise UserError(f"split {split!r}, row {number}: the prompt is empty; remove the row")
+    try:
+        "".join((pair.prompt, pair.chosen, pair.rejected)).encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair, which no tokenizer takes
+        raise UserError(f"split {split!r}, row {number} is not valid Unicode text: {error.reason}") from None
     return pair
 
 

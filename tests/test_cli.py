@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -281,6 +282,89 @@ def test_broken_jsonl_is_named_by_line(refused, tmp_path):
     assert str(path) in line and "UTF-8" in line
 
 
+def changed(**cells):
+    """The 40 good rows, row 7 with other cells."""
+    return [row | cells if number == 7 else row for number, row in enumerate(worlds.text_rows(40))]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+GOOD_LINES = lines(worlds.text_rows(40))
+BAD_ROWS = {  # what a jsonl file holds: what the error says
+    "empty prompt": (lines(changed(prompt="")), "row 7: the prompt is empty"),
+    "blank prompt": (lines(changed(prompt=" \n\t ")), "row 7: the prompt is empty"),
+    "only empty responses": (lines([row | {"chosen": "", "rejected": " "} for row in changed()]), "all of its 40 rows"),
+    "only equal responses": (lines(worlds.text_rows(40, equal=40)), "all of its 40 rows"),
+    "one prompt": (lines([row | {"prompt": "The song was"} for row in changed()]), "1 distinct prompts"),
+    "100,000 characters": (lines(changed(prompt="x" * 100_000)), "context of 64"),
+    "half a surrogate pair": (lines(changed(chosen="a \ud800")), "row 7 is not valid Unicode"),
+    "null": (lines(changed(chosen=None)), "row 7: prompt, chosen and rejected must be"),
+    "a number": (lines(changed(rejected=3)), "row 7: prompt, chosen and rejected must be"),
+    "a list of strings": (lines(changed(chosen=["a"])), "row 7: prompt, chosen and rejected must be"),
+    "no content": (lines(changed(chosen=[{"role": "assistant"}])), "row 7: prompt, chosen and rejected must be"),
+    "no assistant": (lines(changed(chosen=[{"role": "user", "content": "a"}])), "row 7: prompt, chosen and"),
+    "a byte order mark": (b"\xef\xbb\xbf" + GOOD_LINES, "BOM"),
+    "UTF-16": (GOOD_LINES.decode().encode("utf-16"), "not UTF-8"),
+    "zip": (b"PK\x03\x04\xff", "not UTF-8"),
+    "nothing": (b"", "is empty"),
+    "blank lines": (b"\n \n\n", "is empty"),
+    "one JSON list": (json.dumps(worlds.text_rows(40)).encode(), "line 1 is not a JSON object"),
+    "numbers": (b"1\n2\n3\n", "line 1 is not a JSON object"),
+    "a cut line": (GOOD_LINES[:-9], "line 40 is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_named(refused, tmp_path, name):
+    content, says = BAD_ROWS[name]
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    line = refused("--dataset", tmp_path / "rows.jsonl")
+    assert says in line and len(line) < 400
+
+
+def test_odd_rows_are_taken(base, tmp_path):
+    """Emoji, a zero byte, other scripts, an empty response and one of 100,000 characters are text like any other."""
+    rows = worlds.text_rows(40)
+    rows[3:8] = [row | cells for row, cells in zip(rows[3:8], (
+        {"prompt": "The 🎉 was", "chosen": "👍🏽 and 🎉."}, {"chosen": "a\0b"}, {"prompt": "汤很", "rejected": "שלום"},
+        {"rejected": ""}, {"chosen": "x" * 100_000}), strict=True)]
+    dataset = worlds.write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert fedppo.main([*base, "--dataset", str(dataset), "--pairs", "14"]) == 0, "every row is used"
+
+
+def without_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def cut_weights(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+
+
+BAD_MODELS = {  # what is done to a good folder: what the error says
+    "config is no JSON": (lambda folder: (folder / "config.json").write_text("hello"), "not a valid JSON file"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "no causal language model"),
+    "unknown type": (lambda folder: (folder / "config.json").write_text('{"model_type": "nonsense"}'), "nonsense"),
+    "weights gone": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "weights cut": (cut_weights, "no causal language model"),
+    "tokenizer gone": (without_tokenizer, "error: "),
+    "tokenizer is empty": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "no causal language model"),
+    "no EOS": (lambda folder: worlds.save_tokenizer(folder, eos=False), "no EOS token"),
+    "no pad": (lambda folder: worlds.save_tokenizer(folder, padding=False), "no pad token"),
+    "too few rows": (lambda folder: worlds.save_model(folder, vocab_size=100), "ids go to 319, the embedding has 100"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models_are_named(refused, small_model, tmp_path, name):
+    damage, says = BAD_MODELS[name]
+    shutil.copytree(small_model, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert says in refused("--model", tmp_path / "model")
+
+
 JUDGES = """
 def raises(prompts, responses, ended):
     raise LookupError("no lexicon")
@@ -290,6 +374,15 @@ def short(prompts, responses, ended):
 
 def nothing(prompts, responses, ended):
     return None
+
+def nan(prompts, responses, ended):
+    return [float("nan")] + [1.0] * (len(responses) - 1)
+
+def words(prompts, responses, ended):
+    return responses
+
+def leaves(prompts, responses, ended):
+    raise SystemExit(0)
 
 def infinite(prompts, responses, ended):
     return [float("inf")] * len(responses)
@@ -304,6 +397,7 @@ number = 3
 @pytest.mark.parametrize("role", ["--judge", "--reward"])
 @pytest.mark.parametrize("function, says", [("raises", "no lexicon"), ("short", "one finite number per response"),
                                             ("nothing", "one finite number per response"), ("infinite", "finite"),
+                                            ("nan", "finite"), ("words", "one finite number"), ("leaves", "SystemExit"),
                                             ("takes_two", "takes_two"), ("number", "number"), ("gone", "gone")])
 def test_a_judge_or_reward_that_fails_is_named(base, tmp_path, capfd, role, function, says):
     """A bar may stand on stderr by then, so the error is its last line; the folder's name is free again."""
@@ -329,7 +423,7 @@ def test_a_judge_or_reward_that_is_not_there_is_named(refused, tmp_path, role):
 def test_an_unwritable_out_is_refused(refused, tmp_path):
     """A file is in the way (a mode of 0 would not stop root)."""
     (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/no/such"):  # the last is read-only for all
         line = refused("--out", out)
         assert str(out) in line and "--out" in line
     assert (tmp_path / "file").read_text() == "mine"
