@@ -499,6 +499,10 @@ def fit_reward(world: World, train: list[data.Pair], heldout: list[data.Pair],
 # ----------------------------------------------------------------------------------------------------------- agent
 
 
+def new_optimizer(policy: ppo_core.Policy, s: Settings) -> torch.optim.Optimizer:
+    return torch.optim.Adam(policy.parameters(), lr=s.lr, betas=(0.9, 0.99), eps=1e-5)
+
+
 class Agent:
     """One participant: what stands here is private and lives for the whole run; only copies of `policy` are sent."""
 
@@ -507,7 +511,7 @@ class Agent:
         self.index, self.world, self.settings, self.batch, self.first_beta = index, world, s, batch, beta
         self.policy = world.new_policy()
         self.scorer, self.prompts = task.scorers[index], task.shards[index].prompts
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=s.lr, betas=(0.9, 0.99), eps=1e-5)
+        self.optimizer = new_optimizer(self.policy, s)
         total = s.rounds * s.updates
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda done: 1 - done / total if s.lr_schedule == "linear" else 1.0)

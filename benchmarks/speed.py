@@ -1,0 +1,297 @@
+"""How long one PPO update takes, in which phase, with how much memory: this project, trl 1.12.0, and the counted floor.
+
+    python benchmarks/speed.py                                   this project alone
+    python benchmarks/speed.py --trl-python ../trl/bin/python    and trl, in an environment of its own, made by
+        python3 -m venv ../trl && ../trl/bin/pip install torch==2.13.0 trl==1.12.0
+
+In reading order
+    1. cases         what is measured: every case is a process that keeps its models and does one update when asked
+    2. worker        this project's update; trl's is in speed_trl.py
+    3. schedule      the cases of a group take turns, so that what disturbs the machine disturbs all of them
+    4. floor         the operations and bytes that an update needs, at the rates measured in the same run
+    5. main          benchmarks/results/speed-NAME.json and .md
+
+Models have random weights and every response its full length: an update's time depends on neither.
+
+Dimension key: B rows, Q prompt tokens, T response tokens, N agents, K references.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import fedppo  # noqa: E402
+import ppo_core  # noqa: E402
+import report  # noqa: E402
+
+PHASES = ("rollout", "scoring", "optimisation")
+
+# ----------------------------------------------------------------------------------------------------------- cases
+
+SHAPES = {  # of GPT-NeoX; tiny is tiny/model's, pythia-70m EleutherAI's
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256,
+             "vocab_size": 192, "max_position_embeddings": 64, "rotary_pct": 0.25},
+    "pythia-70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048,
+                   "vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25},
+}
+BATCHES = {"tiny": (32, 6, 20), "pythia-70m": (16, 24, 32)}  # B, Q, T
+EPOCHS = 4  # of one minibatch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the tables."""
+
+    name: str
+    shape: str = "pythia-70m"
+    dtype: str = "float32"
+    agents: int = 1
+    references: int = 1
+    rule: str = "geometric"
+    device: str = "cpu"
+    trl: bool = False
+
+    def spec(self) -> str:
+        """What a worker is told, which in trl's environment cannot import this file."""
+        return json.dumps({"case": dataclasses.asdict(self), "config": SHAPES[self.shape],
+                           "batch": BATCHES[self.shape], "epochs": EPOCHS})
+
+
+def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
+    """What takes turns with what."""
+    found = {}
+    for shape in shapes:
+        base = [Case("this project, float32", shape, device=device), Case("this project, bfloat16", shape, "bfloat16",
+                                                                          device=device)]
+        found[f"{shape}, one agent"] = [Case("trl 1.12.0, float32", shape, device=device, trl=True)] * trl + base
+        crowd = (1, 2, 4, 8) if shape == "tiny" else (1, 2, 4)
+        found[f"{shape}, agents"] = [Case(f"{n} agents, {n} references each", shape, agents=n, references=n,
+                                          device=device) for n in crowd]
+        found[f"{shape}, references"] = [Case(f"{k} references, {rule}", shape, references=k, rule=rule, device=device)
+                                         for rule in ("geometric", "arithmetic", "sum") for k in (1, 2, 4, 8)]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- worker
+
+
+def new_model(shape: str, dtype: str, device: str):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPES[shape])).to(device, getattr(torch, dtype))
+
+
+class Updates:
+    """N agents, each with K references and a reward model of the policy's shape -> the seconds of one update of all."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        rows, prompt, response = BATCHES[case.shape]
+        self.settings = dataclasses.replace(
+            fedppo.Settings(), batch=rows, micro_batch=rows, epochs=EPOCHS, minibatches=1, response_length=response,
+            rule=case.rule, estimator="exact", lr=1e-5, device=case.device, dtype=case.dtype)
+        model = new_model(case.shape, case.dtype, case.device)
+        forbidden = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        forbidden[:2] = True  # EOS and pad: no response ends
+        self.policies = [ppo_core.Policy(new_model(case.shape, case.dtype, case.device), forbidden)
+                         for _ in range(case.agents)]
+        self.optimizers = [fedppo.new_optimizer(policy, self.settings) for policy in self.policies]
+        self.references = [ppo_core.Policy(new_model(case.shape, case.dtype, case.device), forbidden)
+                           .requires_grad_(False) for _ in range(case.references)]
+        self.weights = torch.full([case.references], 1 / case.references, dtype=torch.float64)
+        self.reward = data.RewardModel(model, "last", torch.Generator().manual_seed(0)).requires_grad_(False)
+        self.stream = torch.Generator().manual_seed(0)
+        self.prompts = torch.randint(2, model.config.vocab_size, (rows, prompt), generator=self.stream).to(case.device)
+
+    def score(self, prompt, prompt_mask, response, mask):
+        return self.reward(torch.cat([prompt, response], 1), torch.cat([prompt_mask, mask], 1))
+
+    def now(self) -> float:
+        if self.case.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def once(self) -> dict[str, float]:
+        """One update of every agent -> seconds by phase."""
+        seconds, generate = dict.fromkeys(PHASES, 0.0), ppo_core.generate
+
+        def timed(*args, **kwargs):
+            started = self.now()
+            result = generate(*args, **kwargs)
+            seconds["rollout"] += self.now() - started
+            return result
+        ppo_core.generate = timed
+        try:
+            for policy, optimizer in zip(self.policies, self.optimizers, strict=True):
+                started = self.now()
+                rollout = ppo_core.collect(policy, self.references, self.weights, self.references[0], self.score,
+                                           self.prompts, torch.ones_like(self.prompts), self.settings, eos_id=0,
+                                           pad_id=1, generator=self.stream)
+                collected = self.now()
+                ppo_core.optimise(policy, optimizer, rollout, self.weights, 0.05, self.settings, self.stream)
+                seconds["scoring"] += collected - started
+                seconds["optimisation"] += self.now() - collected
+        finally:
+            ppo_core.generate = generate
+        seconds["scoring"] -= seconds["rollout"]
+        return seconds
+
+
+def serve(update) -> None:
+    """A worker's life: "ready", then for each line read one update and one line of JSON."""
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        seconds = update()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------- schedule
+
+
+def measure(cases: list[Case], repeats: int, threads: int, trl_python: str) -> list[dict]:
+    """All cases in turns, `repeats` times after one to warm up -> per case its samples."""
+    workers, samples = [], [{"case": dataclasses.asdict(case), "updates": [], "peak": 0.0} for case in cases]
+    for case in cases:
+        script, python = (HERE / "speed_trl.py", trl_python) if case.trl else (HERE / "speed.py", sys.executable)
+        command = [python, str(script), "--worker", case.spec(), "--threads", str(threads)]
+        workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        stderr=subprocess.DEVNULL))
+        answer(workers[-1], "ready")
+    for repeat in range(repeats + 1):
+        for worker, found in zip(workers, samples, strict=True):
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            said = json.loads(answer(worker, "{"))
+            found["peak"] = said["peak"]
+            if repeat:
+                found["updates"].append(said["seconds"])
+    for worker in workers:
+        worker.stdin.close()
+        worker.wait()
+    return samples
+
+
+def answer(worker: subprocess.Popen, start: str) -> str:
+    """The worker's next line that begins so; libraries may print others."""
+    for line in worker.stdout:
+        if line.startswith(start):
+            return line
+    raise RuntimeError(f"a worker ended with exit code {worker.wait()}: run it by hand, {worker.args}")
+
+
+# ----------------------------------------------------------------------------------------------------------- floor
+
+
+def rates(dtype: torch.dtype, rows: int, width: int) -> tuple[float, float]:
+    """Measured here and now: operations per second of a matrix product of the model's own size, bytes per second."""
+    a, b = torch.randn(rows, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
+    big = torch.randn(64 * 2**20 // 4)
+
+    def best(function) -> float:
+        times = []
+        for _ in range(7):
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+        return min(times)
+    repeats = max(1, int(2e9 / (8 * rows * width**2)))
+    product = best(lambda: [a @ b for _ in range(repeats)]) / repeats
+    return 2 * rows * width * 4 * width / product, 2 * big.nbytes / best(big.clone)
+
+
+def floor(case: Case) -> dict[str, float]:
+    """Seconds that one agent's update cannot be faster than, if every operation ran at the measured rates.
+
+    Products alone are counted: 2 operations per weight of the trunk and token, and of the head at the T positions
+    that need logits; attention and everything elementwise is left out. A decoding step reads all weights once; Adam
+    reads and writes 7 numbers per weight.
+    """
+    rows, prompt, response = BATCHES[case.shape]
+    shape, size = SHAPES[case.shape], 2 if case.dtype == "bfloat16" else 4
+    trunk = 12 * shape["hidden_size"] ** 2 * shape["num_hidden_layers"]  # weights
+    head = shape["hidden_size"] * shape["vocab_size"]
+    speed, bandwidth = rates(getattr(torch, case.dtype), rows * (prompt + response), shape["hidden_size"])
+    step_speed, _ = rates(getattr(torch, case.dtype), rows, shape["hidden_size"])
+    whole, scored = rows * (prompt + response), rows * response  # tokens
+    forward = 2 * (trunk * whole + head * scored) / speed
+    step = max(2 * (trunk + head) * rows / step_speed, (trunk + head) * size / bandwidth)
+    adam = 7 * (trunk + 2 * head) * size / bandwidth
+    seconds = {"rollout": 2 * trunk * rows * prompt / speed + response * step,
+               "scoring": (2 + case.references) * forward + 2 * trunk * whole / speed,  # old policy, initial; reward
+               "optimisation": EPOCHS * (3 * forward + adam)}
+    return {name: value * case.agents for name, value in seconds.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def tables(results: dict) -> str:
+    """speed-NAME.md from speed-NAME.json."""
+    lines = ["# Speed of one PPO update", "", f"Made by `python benchmarks/speed.py --name {results['name']}` on "
+             f"{results['hardware']}, {results['threads']} threads, torch {results['torch']}; {results['repeats']} "
+             "updates of every case, in turns: medians [quartiles], in seconds."]
+    for group, cases in results["groups"].items():
+        rows, first = [], None
+        for case in cases:
+            totals = [sum(update.values()) for update in case["updates"]]
+            low, middle, high = statistics.quantiles(totals, n=4)
+            first = first or middle
+            tokens = case["case"]["agents"] * BATCHES[case["case"]["shape"]][0] * BATCHES[case["case"]["shape"]][2]
+            rows.append([case["case"]["name"], f"{middle:.3g} [{low:.3g}, {high:.3g}]",
+                         *(f"{statistics.median(update[name] for update in case['updates']):.3g}" for name in PHASES),
+                         f"{first / middle:.2f}", f"{middle / sum(case['floor'].values()):.1f}",
+                         f"{tokens / middle:.0f}", f"{case['peak']:.0f}"])
+        lines += ["", f"## {group}", "", *report.table(
+            "case | one update | rollout | scoring | optimisation | times as fast as the first line | "
+            "times the floor | response tokens per second | peak memory, MiB", rows)]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--name", default="cpu", help="of the files that are written: results/speed-NAME.json, .md")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--trl-python", default="", help="the Python of an environment that has trl 1.12.0")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    if options.worker:
+        serve(Updates(Case(**json.loads(options.worker)["case"])).once)
+        return 0
+    results = {"name": options.name, "threads": options.threads, "repeats": options.repeats, "torch": torch.__version__,
+               "hardware": torch.cuda.get_device_name() if options.device != "cpu" else f"{os.cpu_count()} cores "
+               f"({platform.machine()})", "groups": {}}
+    for group, cases in groups(options.shapes, options.device, bool(options.trl_python)).items():
+        measured = measure(cases, options.repeats, options.threads, options.trl_python)
+        results["groups"][group] = [found | {"floor": floor(case)} for found, case in zip(measured, cases, strict=True)]
+        path = HERE / "results" / f"speed-{options.name}.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".md").write_text(tables(results))
+    print(tables(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
