@@ -481,7 +481,7 @@ def stopped(base, tmp_path, monkeypatch, capfd):
 
 def test_resume_refuses_a_flag_that_conflicts_and_takes_one_that_does_not(stopped, capfd):
     before = {path.name: path.read_bytes() for path in stopped.iterdir()}
-    for flags, says in ((["--agents", "3"], ["--agents 3", "2"]), (["--lr", "0.5"], ["--lr 0.5", "0.001"]),
+    for flags, says in ((["--agents", "3"], ["--agents 3", "2"]), (["--lr", "0.5"], ["--lr 0.5", "0.0005"]),
                         (["--mode", "isolated"], ["--mode isolated", "federated"]), (["--name", "x"], ["--name x"])):
         assert fedppo.main(["--resume", str(stopped), *flags]) == 2
         errors = capfd.readouterr().err.splitlines()

@@ -660,7 +660,7 @@ def test_detail_23_randomness_is_named(three):
         ("evaluation",), (0, "sampling"), (1, "sampling"), (0, "prompts"), (1, "prompts"), (11, "sampling"))]
     seeds += [g.initial_seed() for i in range(3) for g in fedppo.Agent(i, world, replace(
         task, seed=7), 8, 0.2).streams.values()]
-    assert len(set(seeds)) == 3 * 6 + 3 * 3
+    assert len(set(seeds)) == 3 * 6 + 3 * 4
 
 
 def classic_ppo(world, task, updates: int) -> torch.Tensor:

@@ -211,7 +211,7 @@ def test_an_outlier_is_left_out_by_those_who_are_not(tmp_path, monkeypatch, flag
                  for name, tensor in message.weights.items()}
         return fedppo.Message(noise, fedppo.digest(noise))
     monkeypatch.setattr(fedppo, "send", attack)
-    flags = ["--agents", "4", "--rounds", "3", *flags]
+    flags = ["--agents", "4", "--rounds", "2", "--updates", "1", *flags]
     rows = metrics(main(tmp_path, "defended", *flags, "--outlier", "3"))
     for row in rows:
         if row["agent"] != 1:
@@ -439,7 +439,8 @@ def test_the_learning_is_real(tmp_path):
     Measured on seeds 0-3 with these settings: +0.49 to +0.63. With the advantages shuffled among tokens -0.08 to +0.11,
     taken from another row -0.33 to +0.08, with their sign flipped below -2.2.
     """
-    flags = ["--preset", "tiny", "--agents", "2", "--rounds", "4", "--out", str(tmp_path), "--name", "learning"]
+    flags = ["--preset", "tiny", "--agents", "2", "--rounds", "4", "--lr", "1e-3", "--beta", "0.2", "--out",
+             str(tmp_path), "--name", "learning"]
     assert fedppo.main(flags) == 0
     entry = json.loads((tmp_path / "learning" / "summary.json").read_text())["modes"]["federated"]["mean"]
     assert entry["judge_final"] - entry["judge_initial"] > 0.3
