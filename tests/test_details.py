@@ -632,7 +632,7 @@ def test_detail_22_references_are_frozen_copies(three, monkeypatch, mode, rule):
 
 def isolated_by_hand(world, task, order: list[int]) -> dict[int, torch.Tensor]:
     """Isolated runs of the agents, created and updated in this order -> their final weights."""
-    agents = {i: fedppo.Agent(i, world, task, world.settings.batch, 0.2) for i in order}
+    agents = {i: fedppo.Agent(i, world, task, world.settings.batch, world.settings.beta[0]) for i in order}
     frozen = [world.new_policy().requires_grad_(False) for _ in order]
     identity = torch.eye(len(order), dtype=torch.float64)
     for _ in range(world.settings.rounds):
