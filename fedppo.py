@@ -29,12 +29,14 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -248,8 +250,9 @@ def at_home(path: str) -> str:
 def _resumed(given: dict) -> tuple[Settings, str]:
     """The settings of the run to continue; a flag that says otherwise is an error (but --device, which may differ)."""
     try:
-        saved = json.loads((Path(given["resume"]) / "config.json").read_text())["settings"]
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        config = json.loads((Path(given["resume"]) / "config.json").read_text())
+        values = {name: tuple(value) if isinstance(value, list) else value
+                  for name, value in config["settings"].items()}
         settings = Settings(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {given['resume']}: no readable config.json of a run ({error})") from None
@@ -267,7 +270,10 @@ def _resumed(given: dict) -> tuple[Settings, str]:
     try:
         settings = replace_auto(settings)
         check_settings(settings)
-    except (TypeError, ValueError, AttributeError) as error:
+        if communication_matrix(settings).tolist() != config["matrix"]:
+            raise UserError(f"--resume {given['resume']}: {settings.topology} is no longer the matrix that the run was "
+                            "started with")
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"--resume {given['resume']}: its config.json is not one of this version ({error})") from None
     return settings, "from the resumed run"
 
@@ -443,7 +449,7 @@ class Task:
     eval_prompts: list[str]
     judge: data.Scorer | None
     judge_accuracy: tuple[float, int] | None
-    probe: torch.Tensor  # [n] the scorers' scores of some samples: a resumed run must fit the same reward models
+    probe: torch.Tensor  # [n] scorers' and judge's scores of some samples: a resumed run must fit the same models
 
 
 def deal(world: World, seed: int) -> tuple[list[str], list[data.Shard], list[data.Pair]]:
@@ -483,7 +489,8 @@ def make_task(world: World, seed: int, pooled: bool) -> Task:
     if s.reward == "ensemble":
         mean = data.mean_scorer(scorers)
         scorers = [data.normalised(mean, own)[0] for own in samples]
-    probe = torch.cat([scorer(*own[0]) for scorer, own in zip(scorers, samples, strict=True)]).cpu()
+    scored = [scorer(*own[0]) for scorer, own in zip(scorers, samples, strict=True)]
+    probe = torch.cat(scored + ([judge(*samples[0][0])] if judge else [])).cpu()
     return Task(seed, shards, scorers, [accuracy for _, accuracy in fitted], eval_prompts, judge, judge_accuracy, probe)
 
 
@@ -636,6 +643,13 @@ class Exchange:
     missed: list[str | None]
 
 
+@torch.no_grad()
+def speaks(policy: ppo_core.Policy) -> bool:
+    """Whether a policy has finite log-probs after one token: weights can be finite and still too large."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=policy.forbidden.device)
+    return bool(torch.isfinite(policy(input_ids=token).logits.log_softmax(-1)[..., ~policy.forbidden]).all())
+
+
 def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matrix: torch.Tensor,
              present: list[bool]) -> Exchange:
     """Every agent that is present freezes a copy of its policy and sends it: nothing else leaves it.
@@ -647,13 +661,17 @@ def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matr
     that has diverged, or a policy that is an outlier among a receiver's peers (`outliers`).
     """
     own = [agent.policy.model.state_dict() for agent in agents]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in own[0].values())
+    distinct = {tensor.data_ptr(): tensor for tensor in own[0].values()}  # tied weights, of two names, are sent once
+    size = sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
     messages = {j: send(agent) for j, agent in enumerate(agents) if present[j] and not agent.diverged}
     reasons = {j: fault(messages[j], own[j]) if j in messages else "diverged" if agents[j].diverged else "absent"
                for j in range(len(agents))}
-    usable = [j for j, reason in reasons.items() if not reason]
     for j, policy in enumerate(frozen):
-        policy.model.load_state_dict(messages[j].weights if j in usable else own[j])
+        policy.model.load_state_dict(own[j] if reasons[j] else messages[j].weights)
+        if not reasons[j] and not speaks(policy):
+            reasons[j] = "has no finite log-probs"
+            policy.model.load_state_dict(own[j])
+    usable = [j for j, reason in reasons.items() if not reason]
     heard = matrix > 0  # [N, N] whose messages an agent receives
     if mode == "fedavg":
         heard = torch.ones_like(heard)
@@ -662,7 +680,7 @@ def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matr
         for j in messages if usable else ():
             agents[j].policy.model.load_state_dict(average)
             frozen[j].model.load_state_dict(average)
-        received = [size * (j in messages) for j in range(len(agents))]
+        received = [size * (j in messages and bool(usable)) for j in range(len(agents))]
     else:
         sent = torch.tensor([j in messages for j in range(len(agents))])
         received = [int((heard[i] & sent).sum() - heard[i, i].long()) * size * (i in messages)
@@ -758,6 +776,7 @@ def train(world: World, task: Task, mode: str, run: "Run", saved: dict | None = 
     frozen = [world.new_policy().requires_grad_(False) for _ in agents]
     if saved:
         restore(agents, frozen, task, saved)
+        end_if_all_diverged(agents)
     for agent in [] if saved else agents:
         run.log(mode, task.seed, agent.index, 0, 0, judge=judge_agent(agent, task, mode, "before", run),
                 reward_accuracy=(task.accuracies[agent.index] or [None])[0])
@@ -777,16 +796,22 @@ def train(world: World, task: Task, mode: str, run: "Run", saved: dict | None = 
                 if run.stop:
                     run.checkpoint(mode, task, agents, frozen)
                     raise Stopped(run.stop)
-        if all(agent.diverged for agent in agents):
-            raise FloatingPointError(agents[0].diverged)
+        end_if_all_diverged(agents)
         if (rnd + 1) % s.save_every == 0 or rnd + 1 == s.rounds:
             run.checkpoint(mode, task, agents, frozen)
     return agents
 
 
+def end_if_all_diverged(agents: list[Agent]) -> None:
+    """At the end of a round: there is nobody left to train. Raises FloatingPointError."""
+    if all(agent.diverged and agent.done % agent.settings.updates == 0 for agent in agents):
+        raise FloatingPointError(agents[0].diverged)
+
+
 def restore(agents: list[Agent], frozen: list[ppo_core.Policy], task: Task, saved: dict) -> None:
     """Bring agents and references back to where a checkpoint was made. Raises UserError."""
-    if not torch.allclose(saved["probe"], task.probe, atol=1e-2):
+    same = saved["probe"].shape == task.probe.shape and torch.allclose(saved["probe"], task.probe, atol=1e-2)
+    if not same and saved["device"] == agents[0].settings.device:  # on another one the samples themselves may differ
         raise UserError("the reward models fitted now differ from those that the run was started with: continue it on "
                         "the data, version and machine that it was started on")
     for agent, state in zip(agents, saved["agents"], strict=True):
@@ -912,10 +937,11 @@ class Run:
         self.said: set[tuple] = set()  # warnings are given once
         self.stop = 0  # the signal that asks the run to stop after the update it is in
         self.folder = Path(s.resume) if s.resume else new_folder(s)
+        if not s.resume:
+            write_json(self.folder / "config.json", describe(s, reason))
+        self.lock = lock(self.folder / "config.json")
         if s.resume:
             self._load()
-        else:
-            write_json(self.folder / "config.json", describe(s, reason))
         self.metrics = (self.folder / "metrics.jsonl").open("a")
         arms = [(seed, mode) for seed in s.seeds for mode in s.mode]
         self.bar = tqdm(total=sum(self.updates_of(mode) for _, mode in arms), unit="update", dynamic_ncols=True,
@@ -925,25 +951,33 @@ class Run:
         return self.settings.rounds * self.settings.updates * (1 if mode == "centralized" else self.settings.agents)
 
     def _load(self) -> None:
-        """Go back to the last checkpoint that can be read: rows written after it are dropped. Raises UserError."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        checkpoints = self.checkpoints()
-        for file in reversed(checkpoints):
+        """Go back to the last checkpoint that can be used: rows written after it are dropped. Raises UserError."""
+        path, unusable = self.folder / "metrics.jsonl", {}
+        content = path.read_bytes() if path.exists() else b""
+        lines = content.split(b"\n")[:-1]  # half a last one is dropped
+        for file in reversed(self.checkpoints()):
             try:
                 saved = read_state(file)
-                self.rows = [json.loads(line) for line in lines[:saved["rows"]]]
-                if len(self.rows) < saved["rows"]:
-                    raise ValueError(f"metrics.jsonl has {len(self.rows)} of the {saved['rows']} lines it speaks of")
-                self.saved, self.samples = saved, saved["samples"]
-                break
+                rows = [json.loads(line) for line in lines[:saved["rows"]]]
+                if len(rows) < saved["rows"]:
+                    raise ValueError(f"metrics.jsonl has {len(rows)} of the {saved['rows']} lines it speaks of")
             except Exception as error:  # damage shows in many ways
-                reason = " ".join(str(error).split())[:100]
-                if file == checkpoints[0]:
-                    raise UserError(f"{file} cannot be read ({reason}), and there is no other checkpoint") from None
-                print(f"warning: {file} cannot be read ({reason}); the run goes on from the checkpoint before it")
-                file.unlink()
-        path.write_text("".join(line + "\n" for line in lines[:self.saved["rows"]]))
+                unusable[file] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                continue
+            self.saved, self.rows, self.samples = saved, rows, saved["samples"]
+            break
+        else:
+            if unusable:
+                raise UserError("; ".join(f"{file} cannot be used ({reason})" for file, reason in unusable.items()) +
+                                ": there is no other checkpoint")
+            if len(lines) > self.settings.agents * len(self.settings.mode):
+                print(f"warning: no checkpoint in {self.folder}: it starts over, and {len(lines)} lines are dropped")
+        for file, reason in unusable.items():
+            print(f"warning: {file} cannot be used ({reason}); the run goes on from the checkpoint before it")
+            file.rename(file.with_suffix(".damaged"))
+        for file in self.folder.glob("*.tmp"):
+            file.unlink()
+        write_text(path, b"".join(line + b"\n" for line in lines[:self.saved["rows"]]).decode())
 
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first; a name has the number of rows that were written before."""
@@ -982,8 +1016,10 @@ class Run:
         """
         inside = len({agent.done for agent in agents}) > 1 or agents[0].done % self.settings.updates > 0
         state = {"mode": mode, "seed": task.seed, "rows": len(self.rows), "samples": self.samples, "probe": task.probe,
+                 "device": self.settings.device,
                  "agents": [agent.state_dict() for agent in agents],
                  "frozen": [policy.model.state_dict() for policy in frozen if inside]}
+        os.fsync(self.metrics.fileno())  # so that no checkpoint speaks of lines that a power cut takes
         write_state(self.folder / f"checkpoint-{len(self.rows):08d}.safetensors", state)
         for old in self.checkpoints()[:-2]:
             old.unlink()
@@ -994,17 +1030,22 @@ class Run:
         return rows == self.updates_of(mode) and (self.saved.get("seed"), self.saved.get("mode")) != (seed, mode)
 
     def state_of(self, seed: int, mode: str) -> dict | None:
-        """The checkpoint, if it is one of this arm."""
-        return self.saved if (self.saved.get("seed"), self.saved.get("mode")) == (seed, mode) else None
+        """The checkpoint, if it is one of this arm; it is given once, so that its memory can be freed."""
+        if (self.saved.get("seed"), self.saved.get("mode")) != (seed, mode):
+            return None
+        state, self.saved = self.saved, {"seed": seed, "mode": mode}
+        return state
 
     def save_agents(self, mode: str, seed: int, agents: list[Agent]) -> None:
         for agent in agents:
             save_agent(self.folder / "agents" / f"{mode}-seed{seed}-agent{agent.index}", agent, mode, seed)
 
+    def close(self) -> None:
+        for file in (self.bar, self.metrics, self.lock):
+            file.close()
+
     def discard(self) -> None:
         """Remove a folder in which nothing was trained, so that the mended command can use its name."""
-        self.bar.close()
-        self.metrics.close()
         if not self.rows and not self.settings.resume:
             for file in ("config.json", "metrics.jsonl"):
                 (self.folder / file).unlink(missing_ok=True)
@@ -1013,12 +1054,11 @@ class Run:
     def finish(self) -> str:
         """Write what is made of the metrics -> the text to print."""
         self.bar.close()
-        self.metrics.close()
         summary = plot.summarise(self.rows)
         (self.folder / "samples.md").write_text(samples_page(self.samples, self.settings))
         picture, _ = plot.draw([self.folder], self.folder / "curves.png")
         write_json(self.folder / "summary.json", summary)  # last of all: it marks the run as finished
-        for file in [*self.checkpoints(), *self.folder.glob("checkpoint-*.tmp")]:
+        for file in self.folder.glob("checkpoint-*"):
             file.unlink()
         return (f"{plot.table(summary)}\n\npicture   {picture}\nsamples   {self.folder / 'samples.md'}\n"
                 f"agents    {self.folder / 'agents'}")
@@ -1044,13 +1084,34 @@ def write_state(path: Path, state: dict) -> None:
         seen.add(tensor.data_ptr())
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary, {"state": text, "digest": digest(dict(sorted(tensors.items())))})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut could leave the new name without its content
-    except (OSError, SafetensorError) as error:
+        save_file(tensors, temporary, {"state": text, "hash": seal(text, tensors)})
+    except (OSError, SafetensorError) as error:  # which has the system's number in its text alone
         temporary.unlink(missing_ok=True)
-        raise OSError(0, f"no checkpoint can be written ({' '.join(str(error).split())[:100]})", str(path)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number.group(1)) if number else 0, "no checkpoint can be written "
+                      f"({' '.join(str(error).split())[:100]})", str(path)) from None
+    replace(temporary, path)
+
+
+def seal(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over all of a state."""
+    return hashlib.sha256((text + digest(dict(sorted(tensors.items())))).encode()).hexdigest()
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Give a complete file its name; both are on the disk when this returns, whatever happens next."""
+    sync(temporary)
     os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_state(path: Path) -> dict:
@@ -1063,13 +1124,37 @@ def read_state(path: Path) -> dict:
             return tensors[node["tensor"]] if "tensor" in node else {key: nest(value) for key, value in node["dict"]}
         return [nest(value) for value in node] if isinstance(node, list) else node
 
-    if digest({name: tensors[name] for name in sorted(tensors)}) != header["digest"]:
+    if seal(header["state"], tensors) != header["hash"]:
         raise ValueError("it does not match its hash")
     return nest(json.loads(header["state"]))
 
 
+def write_text(path: Path, text: str) -> None:
+    """All of it or, if the disk is full or the process is killed, what was there before."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    replace(temporary, path)
+
+
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def lock(path: Path):
+    """The file, open, and kept from other processes until it is closed. Raises UserError if one has it."""
+    file = path.open()
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        raise UserError(f"{path.parent} is in use by a run that has not ended") from None
+    return file
 
 
 def new_folder(s: Settings) -> Path:
@@ -1100,7 +1185,8 @@ def describe(s: Settings, reason: str) -> dict:
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=HERE,
                                 capture_output=True, text=True, check=False).stdout.strip() or None
     packages = ("torch", "transformers", "datasets", "numpy")
-    return {"settings": dataclasses.asdict(s), "preset": {"choice": s.preset, "reason": reason}, "commit": commit,
+    return {"settings": dataclasses.asdict(s), "preset": {"choice": s.preset, "reason": reason},
+            "matrix": communication_matrix(s).tolist(), "commit": commit,
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
             "hardware": {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(),
@@ -1176,30 +1262,39 @@ def execute(s: Settings, reason: str) -> None:
     if s.check:
         report(world, preflight(world, make_task(world, s.seeds[0], s.mode[0] == "centralized")))
         return
-    run = Run(s, world, reason)
+    run = None
     try:
+        run = Run(s, world, reason)
         with stop_after_an_update(run):
             for seed in s.seeds:
                 run_seed(world, seed, run)
+            finished = run.finish()
     except UserError:
-        run.discard()
+        if run:
+            run.close()
+            run.discard()
         raise
     except OSError as error:  # a full disk, as a rule
-        run.bar.close()
-        raise UserError(f"{error.filename or run.folder}: {error.strerror}; make room and continue with --resume "
-                        f"{run.folder}") from None
+        folder = run.folder if run else s.resume
+        room = "make room and " * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        again = f"continue with --resume {folder}" if folder else "start again"
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}; {room}{again}") from None
     except FloatingPointError as error:
-        run.bar.close()
         last = run.rows[-1]
         raise FloatingPointError(f"{last['mode']}, seed {last['seed']}, {error} "
                                  f"(metrics so far: {run.folder})") from None
     except (KeyboardInterrupt, Stopped) as stop:
+        if not run:
+            raise
         run.bar.close()
-        where = "continues after this update" if isinstance(stop, Stopped) else (
-            "continues from the last checkpoint" if run.checkpoints() else "starts over")
+        where = "starts over" if not run.checkpoints() else (
+            "continues after this update" if isinstance(stop, Stopped) else "continues from the last checkpoint")
         print(f"\ninterrupted: {shlex.join([sys.executable, sys.argv[0], '--resume', str(run.folder)])} {where}")
         raise
-    print(f"{run.finish()}\n{time.perf_counter() - started:.0f} s in all")
+    finally:
+        if run:
+            run.close()
+    print(f"{finished}\n{time.perf_counter() - started:.0f} s in all")
 
 
 class Stopped(Exception):
@@ -1211,9 +1306,9 @@ def stop_after_an_update(run: Run):
     """The first SIGINT (Ctrl-C) or SIGTERM lets the update in hand end and be saved; a second one stops at once."""
     def ask(number: int, frame) -> None:
         if run.stop:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         run.stop = number
-        tqdm.write("stopping after this update (again: at once)")
+        os.write(2, b"\nstopping after this update (again: at once)\n")  # print may be what was interrupted
 
     if threading.current_thread() is not threading.main_thread():  # no handler can be set there
         yield
@@ -1238,6 +1333,8 @@ def run_seed(world: World, seed: int, run: Run) -> None:
             tasks[pooled] = make_task(world, seed, pooled)
         if not run.rows:
             report(world, preflight(world, tasks[pooled]))
+        if run.stop:
+            raise Stopped(run.stop)
         run.save_agents(mode, seed, train(world, tasks[pooled], mode, run, run.state_of(seed, mode)))
 
 
@@ -1263,8 +1360,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Stopped as stop:
         return 128 + stop.args[0]
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0
 
 

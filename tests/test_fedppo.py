@@ -250,13 +250,17 @@ def spoil(kind: str, message: fedppo.Message) -> fedppo.Message:
     if kind == "is not finite":
         weights[name] = weights[name].clone()
         weights[name].view(-1)[7] = torch.nan if len(weights) % 2 else torch.inf
+    if kind == "has no finite log-probs":
+        weights = {name: tensor * 1e20 for name, tensor in weights.items()}
     if kind == "has another shape":
         weights[name] = weights[name][:-1]
     return fedppo.Message(weights, fedppo.digest(weights))
 
 
 @pytest.mark.parametrize("mode, kind", [("federated", "does not match its hash"), ("federated", "has another shape"),
-                                        ("federated", "is not finite"), ("fedavg", "is not finite")])
+                                        ("federated", "is not finite"), ("fedavg", "is not finite"),
+                                        ("federated", "has no finite log-probs"),
+                                        ("fedavg", "has no finite log-probs")])
 def test_a_message_with_a_fault_is_left_out_and_said(tmp_path, monkeypatch, capfd, mode, kind):
     """Agent 1 of three sends nonsense in round 2: the others go on without it, and it goes on itself."""
     send, calls = fedppo.send, []

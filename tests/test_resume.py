@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -18,7 +19,9 @@ import fedppo
 
 HOME = Path(fedppo.__file__).parent
 FLAGS = ["--preset", "tiny", "--agents", "2", "--pairs", "20", "--eval-prompts", "8", "--reward-epochs", "1", "--batch",
-         "8", "--rounds", "2", "--updates", "2", "--mode", "federated", "isolated"]  # 4 updates a round, 16 in all
+         "8", "--rounds", "2", "--updates", "2", "--mode", "federated", "isolated",  # 4 updates a round, 16 in all
+         "--merge", "--participation", "0.8", "--outlier", "1", "--adaptive-kl", "--lr-schedule", "linear",
+         "--response-length", "8"]
 
 
 def outcome(folder: Path) -> dict:
@@ -92,22 +95,24 @@ def test_two_checkpoints_are_kept_every_so_many_rounds(tmp_path, monkeypatch):
     assert kept == [[10], [10, 18], [18, 22]]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "rows lost"])
+@pytest.mark.parametrize("damage", ["truncated", "a bit of a tensor", "a bit of the rest", "rows lost"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped_in, unstopped, capfd, damage):
     folder = stopped_in(7, signal.SIGTERM)  # in the second round
     older, newer = sorted(folder.glob("checkpoint-*.safetensors"))
     if damage == "truncated":
         newer.write_bytes(newer.read_bytes()[:-1000])
-    if damage == "one bit":
+    if damage.startswith("a bit"):
         content = bytearray(newer.read_bytes())
-        content[-1000] ^= 1
+        at = content.index(b"queue") if damage.endswith("rest") else len(content) - 1000
+        digit = re.compile(rb"\d").search(content, at).start() if damage.endswith("rest") else at
+        content[digit] ^= 1
         newer.write_bytes(content)
     if damage == "rows lost":
         lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
     assert fedppo.main(["--resume", str(folder)]) == 0
     said = capfd.readouterr().out
-    assert f"warning: {newer} cannot be read" in said and str(older) not in said
+    assert f"warning: {newer} cannot be used" in said and str(older) not in said
     assert outcome(folder) == unstopped
 
 
@@ -128,6 +133,113 @@ def test_a_state_comes_back_as_it_was_written(tmp_path):
         return [leaves(value) for value in node] if isinstance(node, list) else (type(node), node)
     assert leaves(found) == leaves(expected)
     assert [path.name for path in tmp_path.glob("state*")] and not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_agents_state_is_all_that_changes_in_it(tmp_path):
+    """A fresh agent with the state of one that has trained, was absent and has diverged equals it."""
+    settings, _ = fedppo.parse([*FLAGS, "--device", "cpu"])
+    world = fedppo.World(settings)
+    task = fedppo.make_task(world, 0, pooled=False)
+    agent, fresh = (fedppo.Agent(0, world, task, 8, 0.2) for _ in range(2))
+    agent.update([world.initial], torch.ones(1, dtype=torch.float64))
+    agent.diverged, agent.missed, agent.received = "agent 0 diverged", "absent", 12
+    agent.row = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    fedppo.outliers(agent, {1: world.initial})
+    fedppo.write_state(tmp_path / "agent.safetensors", agent.state_dict())
+    fresh.load_state_dict(fedppo.read_state(tmp_path / "agent.safetensors"))
+
+    def content(agent):
+        plain = {name: value for name, value in vars(agent).items()
+                 if isinstance(value, int | float | str | list | None)}
+        states = [agent.policy.state_dict(), agent.optimizer.state_dict()["state"]]
+        return plain, agent.row.tolist(), agent.schedule.last_epoch, agent.optimizer.param_groups[0]["lr"], \
+            agent.beta, {name: stream.get_state().tolist() for name, stream in agent.streams.items()}, \
+            [{key: value.tolist() if isinstance(value, torch.Tensor) else
+              {k: v.tolist() for k, v in value.items()} for key, value in state.items()} for state in states]
+    assert content(fresh) == content(agent)
+    assert len(agent.queue) > 0 and agent.beta != 0.2
+
+
+def test_damaged_metrics_are_named_and_the_checkpoints_stay(stopped_in, unstopped, capfd):
+    folder = stopped_in(7, signal.SIGTERM)
+    path, before = folder / "metrics.jsonl", sorted(folder.glob("checkpoint-*"))
+    content = path.read_bytes()
+    path.write_bytes(b"\xff" + content[1:])
+    assert fedppo.main(["--resume", str(folder)]) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert errors[-1].startswith("error: ") and not any("Traceback" in line for line in errors)
+    assert sorted(folder.glob("checkpoint-*")) == before
+    path.write_bytes(content + b"\xff\x00half a li")
+    assert fedppo.main(["--resume", str(folder)]) == 0
+    assert outcome(folder) == unstopped
+
+
+def test_a_full_disk_while_resuming_or_finishing_loses_nothing(stopped_in, unstopped, monkeypatch, capfd):
+    folder = stopped_in(7, signal.SIGTERM)
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    original = Path.write_text
+    for name in ("metrics.tmp", "summary.tmp"):
+        def full(path, text, *args, name=name):
+            if path.name == name:
+                original(path, text[:10])
+                raise OSError(28, "No space left on device", str(path))
+            return original(path, text, *args)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", full)
+            assert fedppo.main(["--resume", str(folder)]) == 2
+        errors = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+        assert len(errors) == 1 and f"make room and continue with --resume {folder}" in errors[0]
+        assert not list(folder.glob("*.tmp"))
+        if name == "metrics.tmp":
+            assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    assert fedppo.main(["--resume", str(folder)]) == 0
+    assert outcome(folder) == unstopped
+
+
+def test_a_run_that_goes_on_is_not_resumed_a_second_time(stopped_in, capfd):
+    folder = stopped_in(3, signal.SIGTERM)
+    held = fedppo.lock(folder / "config.json")
+    assert fedppo.main(["--resume", str(folder)]) == 2
+    assert "in use by a run that has not ended" in capfd.readouterr().err
+    held.close()
+    assert fedppo.main(["--resume", str(folder)]) == 0
+
+
+def test_a_stop_before_the_first_update_trains_none(tmp_path, monkeypatch, capfd, unstopped):
+    report = fedppo.report
+    monkeypatch.setattr(fedppo, "report", lambda *args: report(*args) or signal.raise_signal(signal.SIGTERM))
+    assert fedppo.main([*FLAGS, "--out", str(tmp_path), "--name", "run"]) == 143
+    assert "starts over" in capfd.readouterr().out and not (tmp_path / "run" / "metrics.jsonl").read_text()
+    monkeypatch.setattr(fedppo, "report", report)
+    assert fedppo.main(["--resume", str(tmp_path / "run")]) == 0
+    assert outcome(tmp_path / "run") == unstopped
+
+
+def test_a_stop_where_all_have_diverged_does_not_end_well(tmp_path, monkeypatch, capfd):
+    flags = [*FLAGS[:FLAGS.index("--mode")], "--lr", "1e30", "--rounds", "1", "--out", str(tmp_path), "--name", "run"]
+    assert fedppo.main(flags) == 1
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
+    original, calls = fedppo.Agent.update, []
+
+    def update(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(fedppo.Agent, "update", update)
+        assert fedppo.main([*flags[:-1], "again"]) == 143
+    assert fedppo.main(["--resume", str(tmp_path / "again")]) == 1
+    assert (tmp_path / "again" / "metrics.jsonl").read_text().count("\n") == rows
+    assert not (tmp_path / "again" / "summary.json").exists()
+
+
+def test_another_matrix_file_is_noticed(tmp_path, stopped_in, capfd):
+    folder = stopped_in(3, signal.SIGTERM)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"matrix": [[1.0, 0.0], [0.0, 1.0]]}))
+    assert fedppo.main(["--resume", str(folder)]) == 2
+    assert "no longer the matrix" in capfd.readouterr().err
 
 
 def test_without_a_checkpoint_that_can_be_read_there_is_one_line(stopped_in, capfd):
