@@ -660,45 +660,52 @@ def exchange(agents: list[Agent], frozen: list[ppo_core.Policy], mode: str, matr
     neither sends nor receives: it goes on with its own copy. A message with a fault is left out, and so is an agent
     that has diverged, or a policy that is an outlier among a receiver's peers (`outliers`).
     """
-    own = [agent.policy.model.state_dict() for agent in agents]
-    distinct = {tensor.data_ptr(): tensor for tensor in own[0].values()}  # tied weights, of two names, are sent once
-    size = sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
-    messages = {j: send(agent) for j, agent in enumerate(agents) if present[j] and not agent.diverged}
-    reasons = {j: fault(messages[j], own[j]) if j in messages else "diverged" if agents[j].diverged else "absent"
-               for j in range(len(agents))}
-    for j, policy in enumerate(frozen):
-        policy.model.load_state_dict(own[j] if reasons[j] else messages[j].weights)
-        if not reasons[j] and not speaks(policy):
-            reasons[j] = "has no finite log-probs"
-            policy.model.load_state_dict(own[j])
-    usable = [j for j, reason in reasons.items() if not reason]
-    heard = matrix > 0  # [N, N] whose messages an agent receives
+    reasons = deliver(agents, frozen, present)
+    here = [i for i, agent in enumerate(agents) if present[i] and not agent.diverged]
+    usable = [j for j, reason in enumerate(reasons) if not reason]
     if mode == "fedavg":
-        heard = torch.ones_like(heard)
-        average = kl.average_weights([messages[j].weights for j in usable], [1 / len(usable)] * len(usable)) \
+        matrix = torch.full_like(matrix, 1 / len(agents))
+        average = kl.average_weights([frozen[j].model.state_dict() for j in usable], [1 / len(usable)] * len(usable)) \
             if usable else None
-        for j in messages if usable else ():
-            agents[j].policy.model.load_state_dict(average)
-            frozen[j].model.load_state_dict(average)
-        received = [size * (j in messages and bool(usable)) for j in range(len(agents))]
-    else:
-        sent = torch.tensor([j in messages for j in range(len(agents))])
-        received = [int((heard[i] & sent).sum() - heard[i, i].long()) * size * (i in messages)
-                    for i in range(len(agents))]
-    matrix, missed = matrix.clone(), []
+        for i in here if usable else ():
+            agents[i].policy.model.load_state_dict(average)
+            frozen[i].model.load_state_dict(average)
+    rows, missed = [], []
     for i, agent in enumerate(agents):
-        peers = {j: reasons[j] for j in range(len(agents)) if heard[i, j] and i != j}
-        if mode == "federated" and agent.settings.outlier and i in messages:
+        peers = {j: reasons[j] for j in range(len(agents)) if matrix[i, j] > 0 and i != j}
+        if agent.settings.outlier and mode == "federated" and i in here:
             peers |= dict.fromkeys(outliers(agent, {j: frozen[j] for j in peers if j in usable}), "is an outlier")
-        left_out = [j for j, reason in peers.items() if reason or i not in messages]
-        matrix[i] = without(matrix[i], i, left_out)
+        rows.append(without(matrix[i], i, [j for j, reason in peers.items() if reason or i not in here]))
         told = "; ".join(f"agent {j} {reason}" for j, reason in peers.items() if reason)
-        missed.append((told if i in messages else reasons[i]) or None)
-    if agents[0].settings.merge and mode == "federated":
-        for i in messages:
-            agents[i].policy.model.load_state_dict(
-                kl.average_weights([policy.model.state_dict() for policy in frozen], matrix[i]))
-    return Exchange(matrix, received, missed)
+        missed.append((told if i in here else reasons[i]) or None)
+        if agent.settings.merge and mode == "federated" and i in here:
+            agent.policy.model.load_state_dict(
+                kl.average_weights([policy.model.state_dict() for policy in frozen], rows[i]))
+    # One average comes from a server; otherwise each peer that is heard and present sends its policy.
+    copies = [(bool(usable) if mode == "fedavg" else sum(matrix[i, j] > 0 and i != j for j in here)) * (i in here)
+              for i in range(len(agents))]
+    distinct = {tensor.data_ptr(): tensor for tensor in frozen[0].model.state_dict().values()}  # tied weights: once
+    size = sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+    own = torch.eye(len(agents), dtype=matrix.dtype)  # under fedavg all references are the one average
+    return Exchange(own if mode == "fedavg" else torch.stack(rows), [int(n) * size for n in copies], missed)
+
+
+def deliver(agents: list[Agent], frozen: list[ppo_core.Policy], present: list[bool]) -> list[str]:
+    """Load what every agent sends into its frozen policy -> "", or why it cannot be used: then its own stands there."""
+    reasons = []
+    for agent, policy, here in zip(agents, frozen, present, strict=True):
+        own = agent.policy.model.state_dict()
+        reason = "diverged" if agent.diverged else "" if here else "absent"
+        if not reason:
+            message = send(agent)
+            reason = fault(message, own)
+        if not reason:
+            policy.model.load_state_dict(message.weights)
+            reason = "" if speaks(policy) else "has no finite log-probs"
+        if reason:
+            policy.model.load_state_dict(own)
+        reasons.append(reason)
+    return reasons
 
 
 def without(row: torch.Tensor, own: int, left_out: list[int]) -> torch.Tensor:

@@ -123,7 +123,8 @@ def test_merge_moves_each_policy_to_the_average_of_its_row(small):
     heads = [agent.policy.value_head.weight.clone() for agent in agents]
     matrix = torch.tensor([[0.5, 0.2, 0.3], [0.0, 1.0, 0.0], [0.0, 0.25, 0.75]], dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agents[0], "settings", dataclasses.replace(world.settings, merge=True))
+        for agent in agents:
+            patch.setattr(agent, "settings", dataclasses.replace(world.settings, merge=True))
         exchange(agents, frozen, "federated", matrix, [True] * 3)
     for i, agent in enumerate(agents):
         for key, merged in agent.policy.model.state_dict().items():
