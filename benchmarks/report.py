@@ -26,6 +26,11 @@ import plot  # noqa: E402
 
 BASELINES = ("isolated", "classic", "fedavg")  # with the same budget per agent as SUBJECTS
 SUBJECTS = ("federated", "federated merged")
+IN_SHORT = {  # of the README's first screen
+    "isolated": "alone; KL to its own last copy", "classic": "alone; KL to the initial policy",
+    "federated": "KL to all policies received", "federated merged": "the same, and weights are averaged (`--merge`)",
+    "fedavg": "weights are averaged, KL to the average (`--mode fedavg`)"}
+ELSEWHERE = 8  # seeds of a regime; the headline's first ones stand beside them
 STAGES = {"reported": range(1000, 1100), "confirm": range(3000, 3100)}  # told by their seeds
 
 
@@ -90,7 +95,7 @@ def difference(pairs: np.ndarray) -> str:
 
 
 def level(values: np.ndarray) -> str:
-    low, high = plot.bootstrap_band(values)
+    low, high = plot.bootstrap_band(values, level=plot.expanded_level(len(values)))
     return f"{plot.iqm(values):.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -108,17 +113,28 @@ def table(header: str, rows: Iterable[list[str]]) -> list[str]:
     return [f"| {header} |", "|" + "---|" * len(header.split(" | ")), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def headline_table(study: Study, stage: str) -> list[str]:
-    """One line per arm in the headline regime: its final score, and what is between it and the two protagonists."""
+def short_table(study: Study, stage: str) -> list[str]:
+    """The README's first screen."""
+    lines = []
+    for arm in [arm for arm in IN_SHORT if len(study.cell(arm, "headline", stage)) > 1]:
+        against = "–" if arm == "isolated" else difference(study.pairs(arm, "isolated", "headline", stage))
+        lines.append([f"`{arm}`", IN_SHORT[arm], f"{plot.iqm(study.values(arm, 'headline', stage)):.2f}", against,
+                      catch_up(study, arm, "isolated", stage)])
+    return table("arm | its agents | final score | minus `isolated`, seeds better | median updates to the final score "
+                 "of `isolated`", lines)
+
+
+def headline_table(study: Study, stage: str, column: str = "judge_final") -> list[str]:
+    """One line per arm in the headline regime: its final score, and what is between it, `isolated` and SUBJECTS."""
     lines = []
     for arm in [arm for arm in study.arms if len(study.cell(arm, "headline", stage)) > 1 and "," not in arm]:
         row = next(iter(study.cell(arm, "headline", stage).values()))
-        apart = ["–" if a == b else difference(study.pairs(a, b, "headline", stage))
-                 for a, b in ((arm, "isolated"), ("federated", arm))]
+        apart = ["–" if a == b else difference(study.pairs(a, b, "headline", stage, column))
+                 for a, b in ((arm, "isolated"), *((subject, arm) for subject in SUBJECTS))]
         lines.append([f"`{arm}`", f"{flag(row, '--beta')}, {flag(row, '--lr')}",
-                      level(study.values(arm, "headline", stage)), *apart])
-    return table("arm | β, lr | judge, final | minus `isolated`, seeds better | `federated` minus it, seeds better",
-                 lines)
+                      level(study.values(arm, "headline", stage, column)), *apart])
+    return table("arm | β, lr | final score | minus `isolated`, seeds better | " +
+                 " | ".join(f"`{subject}` minus it, seeds better" for subject in SUBJECTS), lines)
 
 
 def detail_table(study: Study, stage: str) -> list[str]:
@@ -138,25 +154,15 @@ def detail_table(study: Study, stage: str) -> list[str]:
                  "own reward | KL to initial, nats | MB received by an agent | seconds", lines)
 
 
-def topic_table(study: Study, stage: str) -> list[str]:
-    """Final scores by whether an agent was trained on the prompt's topic; `centralized` was on all of them."""
-    lines = []
-    for arm in [arm for arm in study.arms if len(study.cell(arm, "headline", stage)) > 1 and "," not in arm]:
-        apart = ["–" if a == b else difference(study.pairs(a, b, "headline", stage, "own_topics"))
-                 for a, b in ((arm, "isolated"), ("federated", arm))]
-        lines.append([f"`{arm}`", level(study.values(arm, "headline", stage, "own_topics")), *apart])
-    return table("arm | judge, final, on the agent's own topics | minus `isolated`, seeds better | "
-                 "`federated` minus it, seeds better", lines)
-
-
 def regime_table(study: Study, stage: str, column: str = "judge_final") -> list[str]:
-    """One line per regime: the level of `isolated`, and each other arm's difference from it."""
+    """One line per regime: the level of `isolated`, and each other arm's difference from it, on the same seeds."""
     arms = [arm for arm in study.arms if arm in SUBJECTS]
     lines = []
     for regime in study.regimes:
         if len(study.cell("isolated", regime, stage)) > 1:
-            lines.append([regime, f"{plot.iqm(study.values('isolated', regime, stage, column)):.2f}",
-                          *(difference(study.pairs(arm, "isolated", regime, stage, column)) for arm in arms)])
+            lines.append([regime, f"{plot.iqm(study.values('isolated', regime, stage, column)[:ELSEWHERE]):.2f}",
+                          *(difference(study.pairs(arm, "isolated", regime, stage, column)[:, :ELSEWHERE])
+                            for arm in arms)])
     return table("regime | `isolated` | " + " | ".join(f"`{arm}` minus it, seeds better" for arm in arms), lines)
 
 
@@ -186,16 +192,23 @@ def together_table(study: Study, stage: str) -> list[str]:
 
 
 def failure_table(study: Study) -> list[str]:
-    """Every comparison, of those in the other tables, in which the band of a federated arm's gain is not above 0."""
+    """Every comparison of a federated arm with one that is not, in which the band of its gain is not above 0.
+
+    The headline and twice the updates on the confirmation seeds, the other regimes on the reported ones; scores over
+    all topics, on the agent's own topics, and by the own truth of communities.
+    """
+    federated = [arm for arm in study.arms if arm.startswith("federated") and "," not in arm]
+    others = [arm for arm in study.arms if not arm.startswith("federated") and "," not in arm]
     lines = []
-    asked = [(name, arm, "headline", "judge_final") for name in SUBJECTS for arm in study.arms if "," not in arm]
-    asked += [(name, "isolated", regime, "judge_final") for name in SUBJECTS for regime in study.regimes[1:]]
-    asked += [(name, "isolated", "two communities", "own_truth") for name in SUBJECTS]
-    for name, arm, regime, column in asked:
-        pairs = study.pairs(name, arm, regime, "reported", column)
-        if name != arm and pairs.shape[-1] > 1 and plot.paired_difference(*pairs)[1] <= 0:
-            where = regime + (", own truth" if column == "own_truth" else "")
-            lines.append([f"`{name}`", f"`{arm}`", where, difference(pairs)])
+    for regime in study.regimes:
+        stage = "confirm" if study.cell("isolated", regime, "confirm") else "reported"
+        for column, words in {"judge_final": "", "own_topics": ", own topics", "own_truth": ", own truth"}.items():
+            for a, b in [(a, b) for a in federated for b in others]:
+                if column == "own_truth" and regime != "two communities":
+                    continue
+                pairs = study.pairs(a, b, regime, stage, column)
+                if pairs.shape[-1] > 1 and plot.paired_difference(*pairs)[1] <= 0:
+                    lines.append([f"`{a}`", f"`{b}`", regime + words, difference(pairs)])
     return table("arm | minus | regime | difference, seeds better", lines)
 
 
@@ -255,29 +268,31 @@ def write(folder: Path) -> str:
     """Make tables.md and the pictures from study.csv -> the tables."""
     study = Study(folder)
     lines = ["# Tables of the study", "",
-             "Made by `python benchmarks/report.py` from study.csv. Columns \"final\" and levels without more: "
-             "interquartile mean over seeds [95 % bootstrap band]. Differences: mean over same-seed pairs [95 % band], "
-             "and in how many seeds the first is better. Other columns: plain means. The own reward is z-scored for "
+             "Made by `python benchmarks/report.py` from study.csv. Levels are interquartile means over seeds [95 % "
+             "bootstrap band], differences means over same-seed pairs [95 % band], with the number of seeds in which "
+             "the first is better; other columns are plain means. Bands are at the level that covers 95 % with few "
+             "seeds (expanded_level in plot.py) and not corrected for their number. The own reward is z-scored for "
              "each reward model, so that `ensemble` and `centralized` have another scale than the rest. With flipped "
              "labels only the three honest agents count; two communities are judged by the common truth in the table "
              "of regimes, and by both in their own.",
              "", f"{len(study.rows) + len(study.diverged)} runs, {len(study.diverged)} of them diverged and are left "
              f"out; {sum(float(row['seconds']) for row in study.rows) / 3600:.1f} hours of PPO updates on one core."]
     for title, rows in {
+            "In short, confirmation seeds": short_table(study, "confirm"),
             "Headline, confirmation seeds": headline_table(study, "confirm"),
             "Questions, confirmation seeds": goal_table(study, "confirm"),
             "Details, confirmation seeds": detail_table(study, "confirm"),
-            "On the agent's own topics, confirmation seeds": topic_table(study, "confirm"),
+            "On the agent's own topics, confirmation seeds": headline_table(study, "confirm", "own_topics"),
             "One policy for all, confirmation seeds": together_table(study, "confirm"),
             "Headline, reported seeds": headline_table(study, "reported"),
             "Questions, reported seeds": goal_table(study, "reported"),
             "Details, reported seeds": detail_table(study, "reported"),
-            "On the agent's own topics, reported seeds": topic_table(study, "reported"),
+            "On the agent's own topics, reported seeds": headline_table(study, "reported", "own_topics"),
             "One policy for all, reported seeds": together_table(study, "reported"),
             "Regimes, reported seeds": regime_table(study, "reported"),
             "Regimes, on the agent's own topics, reported seeds": regime_table(study, "reported", "own_topics"),
             "Two communities, reported seeds": community_table(study),
-            "No gain, or a loss, reported seeds": failure_table(study),
+            "No gain, or a loss": failure_table(study),
             "Places of the penalty, reported seeds": penalty_table(study)}.items():
         if len(rows) > 2:  # else its runs are still to come
             lines += ["", f"## {title}", "", *rows]

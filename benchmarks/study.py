@@ -13,8 +13,9 @@ In reading order
 
 The protocol. Every arm is tuned by one rule in the headline regime, on TUNING seeds alone. On the first of them it
 starts from the same GRID of beta and learning rate; while its best cell has neighbours (twice or half of either) that
-were not run, they are, so that no optimum lies at an edge. Its FINALISTS best cells then run on the other TUNING seeds,
-and the highest mean is chosen. chosen.json has every cell's scores. All other stages use these values on seeds that no
+were not run, they are, so that the best cell of that seed lies at no edge. Its FINALISTS best cells then run on the
+other TUNING seeds, and the highest mean is chosen (whose own neighbours may not have been run). chosen.json has every
+cell's scores. All other stages use these values on seeds that no
 choice was made on (penalty first tunes where the KL penalty is charged, likewise); CONFIRM seeds are run once, after
 everything was fixed.
 
@@ -110,7 +111,7 @@ BETAS = (0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0)
 LRS = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 GRID = [(beta, lr) for beta in (0.06, 0.12, 0.25, 0.5, 1.0) for lr in (5e-4, 1e-3)]  # where every arm starts
 FINALISTS = 3  # cells that go on from the first TUNING seed to the others
-ELSEWHERE = 8  # seeds of a regime, the first of REPORTED
+ELSEWHERE = report.ELSEWHERE  # seeds of a regime, the first of REPORTED
 
 
 @dataclass(frozen=True)

@@ -81,5 +81,5 @@ def test_the_table_of_known_scores(tmp_path):
                 "arm": arm, "regime": regime, "seed": seed, "caught": "1", "wronged": "0.25",
                 "judge_final": score + seed % 10 / 100})
     study.save(tmp_path / "attacks.csv", rows, attacks.COLUMNS)
-    assert ("| collapsed, 1 of 4 | `federated` | 0.12 | -0.40 [-0.40, -0.40], 0 of 4 | 0.61 | +0.10 [+0.10, +0.10], "
-            "4 of 4 | 100% | 25% |") in attacks.write(tmp_path)
+    assert ("| collapsed, 1 of 4 | `federated` | 0.12 | -0.40 [-0.40, -0.40], 0 of 5 | 0.62 | +0.10 [+0.10, +0.10], "
+            "5 of 5 | 100% | 25% |") in attacks.write(tmp_path)

@@ -42,16 +42,11 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_every_result_stands_in_the_studys_tables():
-    """Rows of tables and differences with a band, in the sections that report measurements."""
+    """Rows of tables and differences with a band, on the first screen and in the sections that report measurements."""
     tables = (ROOT / "benchmarks/results/tables.md").read_text()
-    first = README.split("**Does it help?**")[1].split("\n")[0]
-    for arm, level in re.findall(r"(trained alone|by the penalty|merged weights|FedAvg has) (\d\.\d\d)", first):
-        name = {"trained alone": "isolated", "by the penalty": "federated", "merged weights": "federated merged",
-                "FedAvg has": "fedavg"}[arm]
-        assert re.search(rf"\| `{name}` \| [^|]*\| {level} ", tables.split("## Questions")[0]), arm
-    assert all(band in tables for band in re.findall(r"[+-]\d\.\d\d \[[^],]*, [^],]*\d", first))
-    for section in ("## What was measured", "## Where it helps and where not", "## What did not work"):
-        text = README.split(f"{section}\n")[1].split("\n## ")[0]
+    for section in ("**Does it help?**", "## What was measured", "## Where it helps and where not",
+                    "## What did not work"):
+        text = README.split(section)[1].split("\n## ")[0]
         rows = [line for line in text.splitlines() if line.startswith("| ")]
         for row in rows:
             assert row in tables.splitlines(), row
