@@ -267,6 +267,14 @@ def worse_agents(study: Study, arm: str, stage: str) -> str:
 def write(folder: Path) -> str:
     """Make tables.md and the pictures from study.csv -> the tables."""
     study = Study(folder)
+    text = tables(study)
+    (folder / "tables.md").write_text(text)
+    draw(study, folder)
+    return text
+
+
+def tables(study: Study) -> str:
+    """The text of tables.md."""
     lines = ["# Tables of the study", "",
              "Made by `python benchmarks/report.py` from study.csv. Levels are interquartile means over seeds [95 % "
              "bootstrap band], differences means over same-seed pairs [95 % band], with the number of seeds in which "
@@ -296,10 +304,7 @@ def write(folder: Path) -> str:
             "Places of the penalty, reported seeds": penalty_table(study)}.items():
         if len(rows) > 2:  # else its runs are still to come
             lines += ["", f"## {title}", "", *rows]
-    text = "\n".join(lines) + "\n"
-    (folder / "tables.md").write_text(text)
-    draw(study, folder)
-    return text
+    return "\n".join(lines) + "\n"
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

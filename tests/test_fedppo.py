@@ -14,7 +14,8 @@ import fedppo
 import kl
 from fedppo import Agent, Settings, World, cooperate, exchange, make_task
 
-SMALL = ["--pairs", "20", "--eval-prompts", "8", "--reward-epochs", "1", "--batch", "8", "--updates", "2"]
+SMALL = ["--pairs", "20", "--eval-prompts", "8", "--reward-epochs", "1", "--batch", "8", "--updates", "2",
+         "--response-length", "8"]
 IGNORED = {"seconds", "mode"}
 
 
