@@ -63,8 +63,9 @@ def stopped_in(tmp_path, monkeypatch):
     return stop
 
 
-@pytest.mark.parametrize("number, which", [(1, signal.SIGINT), (4, signal.SIGTERM), (11, signal.SIGTERM),
-                                           (16, signal.SIGTERM)])
+@pytest.mark.parametrize("number, which", [
+    (1, signal.SIGINT), pytest.param(4, signal.SIGTERM, marks=pytest.mark.slow), (11, signal.SIGTERM),
+    pytest.param(16, signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_update_it_came_in_and_the_run_goes_on(stopped_in, unstopped, capfd, number, which):
     """Inside a round, at its end, inside one of the second mode and at the very end."""
     folder = stopped_in(number, which)
@@ -95,7 +96,8 @@ def test_two_checkpoints_are_kept_every_so_many_rounds(tmp_path, monkeypatch):
     assert kept == [[10], [10, 18], [18, 22]]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "a bit of a tensor", "a bit of the rest", "rows lost"])
+@pytest.mark.parametrize("damage", [pytest.param("truncated", marks=pytest.mark.slow), "a bit of a tensor",
+                                    "a bit of the rest", pytest.param("rows lost", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped_in, unstopped, capfd, damage):
     folder = stopped_in(7, signal.SIGTERM)  # in the second round
     older, newer = sorted(folder.glob("checkpoint-*.safetensors"))
@@ -160,6 +162,7 @@ def test_an_agents_state_is_all_that_changes_in_it(tmp_path):
     assert len(agent.queue) > 0 and agent.beta != 0.2
 
 
+@pytest.mark.slow
 def test_damaged_metrics_are_named_and_the_checkpoints_stay(stopped_in, unstopped, capfd):
     folder = stopped_in(7, signal.SIGTERM)
     path, before = folder / "metrics.jsonl", sorted(folder.glob("checkpoint-*"))
@@ -174,6 +177,7 @@ def test_damaged_metrics_are_named_and_the_checkpoints_stay(stopped_in, unstoppe
     assert outcome(folder) == unstopped
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_resuming_or_finishing_loses_nothing(stopped_in, unstopped, monkeypatch, capfd):
     folder = stopped_in(7, signal.SIGTERM)
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
@@ -196,6 +200,7 @@ def test_a_full_disk_while_resuming_or_finishing_loses_nothing(stopped_in, unsto
     assert outcome(folder) == unstopped
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_not_resumed_a_second_time(stopped_in, capfd):
     folder = stopped_in(3, signal.SIGTERM)
     held = fedppo.lock(folder / "config.json")
@@ -205,6 +210,7 @@ def test_a_run_that_goes_on_is_not_resumed_a_second_time(stopped_in, capfd):
     assert fedppo.main(["--resume", str(folder)]) == 0
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_first_update_trains_none(tmp_path, monkeypatch, capfd, unstopped):
     report = fedppo.report
     monkeypatch.setattr(fedppo, "report", lambda *args: report(*args) or signal.raise_signal(signal.SIGTERM))
@@ -215,6 +221,7 @@ def test_a_stop_before_the_first_update_trains_none(tmp_path, monkeypatch, capfd
     assert outcome(tmp_path / "run") == unstopped
 
 
+@pytest.mark.slow
 def test_a_stop_where_all_have_diverged_does_not_end_well(tmp_path, monkeypatch, capfd):
     flags = [*FLAGS[:FLAGS.index("--mode")], "--lr", "1e30", "--rounds", "1", "--out", str(tmp_path), "--name", "run"]
     assert fedppo.main(flags) == 1
@@ -300,6 +307,7 @@ def test_reward_models_that_are_not_the_runs_own_are_noticed(stopped_in, monkeyp
     assert sorted(folder.glob("checkpoint-*.safetensors")), "nothing is lost"
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, unstopped):
     """The largest size of a file, set for the process, stands for the end of the disk: a checkpoint is larger."""
     def limit() -> None:
