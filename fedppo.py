@@ -1241,13 +1241,8 @@ def samples_page(samples: dict[str, list[dict]], s: Settings) -> str:
 # ------------------------------------------------------------------------------------------------------------ main
 
 
-def execute(s: Settings, reason: str) -> None:
-    """Run what the settings ask for.
-
-    Raises UserError before training starts (later only if the user's own reward or judge fails on a response),
-    FloatingPointError if training diverges.
-    """
-    started = time.perf_counter()
+def load_world(s: Settings, reason: str) -> World:
+    """Load what all seeds start from, and say what is run on what. Raises UserError, also for a seed's lack of data."""
     if s.threads:
         torch.set_num_threads(s.threads)
     print(f"preset {s.preset}: {reason}; {_show(s.model)} on {s.device}")
@@ -1266,6 +1261,17 @@ def execute(s: Settings, reason: str) -> None:
         print(f"not private: {' and '.join(pooling)} pool what the agents own")
     for seed in s.seeds:
         deal(world, seed)  # too little data is said now, not when earlier seeds have been trained
+    return world
+
+
+def execute(s: Settings, reason: str) -> None:
+    """Run what the settings ask for.
+
+    Raises UserError before training starts (later only if the user's own reward or judge fails on a response),
+    FloatingPointError if training diverges.
+    """
+    started = time.perf_counter()
+    world = load_world(s, reason)
     if s.check:
         report(world, preflight(world, make_task(world, s.seeds[0], s.mode[0] == "centralized")))
         return

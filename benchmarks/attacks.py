@@ -8,8 +8,8 @@ In reading order
     3. one run       study.run with fedppo.send replaced for the bad agents -> one row of results/attacks.csv
     4. table         results/attacks.md
 
-The factor of --outlier was chosen on study.TUNING seeds (`--tune` runs them again); the table has others. Only the
-honest agents are scored, and compared with the same agents in isolated training on the same seeds.
+`--tune` runs several factors of --outlier on study.TUNING seeds, which the table does not use. Only the honest agents
+are scored, and compared with the same agents in isolated training on the same seeds.
 """
 
 import argparse
