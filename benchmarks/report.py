@@ -138,20 +138,21 @@ def headline_table(study: Study, stage: str, column: str = "judge_final") -> lis
 
 
 def detail_table(study: Study, stage: str) -> list[str]:
-    """The same arms: means over seeds, but for the median of updates."""
+    """The same arms: means over seeds, but for the medians of updates and seconds."""
     lines = []
     for arm in [arm for arm in study.arms if len(study.cell(arm, "headline", stage)) > 1 and "," not in arm]:
         rows = list(study.cell(arm, "headline", stage).values())
         agents = len(rows[0]["judge_agents"].split())
         mean = {name: study.values(arm, "headline", stage, name).mean() for name in
-                ("judge_auc", "worst_agent", "reward_final", "kl_initial", "bytes", "seconds")}
+                ("judge_auc", "worst_agent", "reward_final", "kl_initial", "bytes")}
         reached = plot.median_updates([plot.updates_to(*curve(row), 0.6) for row in rows])
+        seconds = np.median(study.values(arm, "headline", stage, "seconds"))
         lines.append([f"`{arm}`", str(len(rows)), f"{mean['judge_auc']:.2f}",
                       f"{mean['worst_agent']:.2f}" if agents > 1 else "–",
                       f"{reached:.0f}" if np.isfinite(reached) else "never", f"{mean['reward_final']:.2f}",
-                      f"{mean['kl_initial']:.1f}", f"{mean['bytes'] / agents / 1e6:.0f}", f"{mean['seconds']:.0f}"])
+                      f"{mean['kl_initial']:.1f}", f"{mean['bytes'] / agents / 1e6:.0f}", f"{seconds:.0f}"])
     return table("arm | seeds | mean of the curve | worst agent | median updates to 0.6 | "
-                 "own reward | KL to initial, nats | MB received by an agent | seconds", lines)
+                 "own reward | KL to initial, nats | MB received by an agent | median seconds", lines)
 
 
 def regime_table(study: Study, stage: str, column: str = "judge_final") -> list[str]:
@@ -278,11 +279,11 @@ def tables(study: Study) -> str:
     lines = ["# Tables of the study", "",
              "Made by `python benchmarks/report.py` from study.csv. Levels are interquartile means over seeds [95 % "
              "bootstrap band], differences means over same-seed pairs [95 % band], with the number of seeds in which "
-             "the first is better; other columns are plain means. Bands are at the level that covers 95 % with few "
-             "seeds (expanded_level in plot.py) and not corrected for their number. The own reward is z-scored for "
-             "each reward model, so that `ensemble` and `centralized` have another scale than the rest. With flipped "
-             "labels only the three honest agents count; two communities are judged by the common truth in the table "
-             "of regimes, and by both in their own.",
+             "the first is better; other columns are plain means where they do not say median. Bands are at the level "
+             "that covers 95 % with few seeds (expanded_level in plot.py) and not corrected for their number. The own "
+             "reward is z-scored for each reward model, so that `ensemble` and `centralized` have another scale than "
+             "the rest. With flipped labels only the three honest agents count; two communities are judged by the "
+             "common truth in the table of regimes, and by both in their own.",
              "", f"{len(study.rows) + len(study.diverged)} runs, {len(study.diverged)} of them diverged and are left "
              f"out; {sum(float(row['seconds']) for row in study.rows) / 3600:.1f} hours of PPO updates on one core."]
     for title, rows in {
