@@ -35,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ppo_core
+
 Scorer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -293,9 +295,7 @@ class RewardModel(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, L], padded on any side -> scores [B], not normalised."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        hidden = self.trunk(input_ids=ids, attention_mask=mask, position_ids=positions,
-                            use_cache=False).last_hidden_state.float()  # [B, L, D]
+        hidden = ppo_core.trunk_states(self.trunk, ids, mask, slice(None), torch.float32)  # [B, L, D]
         if self.pooling == "mean":
             weight = mask / mask.sum(1, keepdim=True)
         else:
@@ -319,7 +319,7 @@ def fit_reward_model(model: RewardModel, pairs: list[tuple[list[int], list[int]]
 
     pairs: (prompt + chosen, prompt + rejected) as token ids. Adam, linear decay to 0 over all steps.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, eps=1e-5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, eps=1e-5, fused=True)
     steps = epochs * -(-len(pairs) // batch)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     loss_sum = 0.0
@@ -496,10 +496,10 @@ def _refuse_random_weights(info: dict) -> None:
         raise ValueError(f"the checkpoint lacks {', '.join(missing[:3])}, which would be random")
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device | str):
+def load_model(name: str, device: torch.device | str):
     """A causal LM for training -> (model, tokenizer, forbidden [V] bool: ids that are no token, and the pad id).
 
-    transformers 5 loads a checkpoint in the type it was saved in, and Pythia's is float16: `dtype` is always explicit.
+    transformers 5 loads a checkpoint in the type it was saved in, and Pythia's is float16: here it is always float32.
     Pythia's tokenizer sets no pad token, though `<|padding|>` stands in its vocabulary. Raises UserError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -507,7 +507,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device | str):
         raise UserError(f"--model {name}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         _refuse_random_weights(info)
     except Exception as error:  # damaged files and the hub's failures come in many classes
         where = (f"the folder {name!r} holds no causal language model" if Path(name).is_dir() else

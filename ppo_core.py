@@ -4,9 +4,14 @@ In reading order
     1. masked arithmetic      masked_mean, masked_std, whiten
     2. the algorithm          gae, policy_loss, value_loss            (pure: tensors and floats in, tensors out)
     3. the policy             Policy: a causal LM, a value head on its trunk, and the mask of ids that are no token
-    4. sampling               sample_inverse_cdf, decoder, generate
-    5. one rollout            entropy, evaluate, reference_logprobs, penalty_kl, collect -> Rollout
-    6. one update             penalised_rewards, ppo_loss, optimise
+    4. GPT-NeoX               neox_states: its layers without transformers' wrappers, for training and sampling
+    5. sampling               sample_inverse_cdf, decoder, generate
+    6. one rollout            entropy, evaluate, reference_logprobs, penalty_kl, collect -> Rollout
+    7. one update             penalised_rewards, TokenTerms, ppo_loss, optimise
+
+Two things have a fast form beside the readable one, which is its oracle in the tests: the forward of GPT-NeoX
+(`neox_states`; else the model's own) and the gradient of log-prob and exact KL (`TokenTerms`; else `evaluate` and
+`penalty_kl`).
 
 Dimension key: B rows, Q prompt tokens (left-padded), T response tokens (right-padded), V vocabulary, K references.
 State t is the prompt and the response before token t: its logits, its value and its KL all come from sequence
@@ -25,6 +30,7 @@ Departures from the papers and from common implementations
         the first minibatch is 1.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -123,32 +129,113 @@ class Policy(nn.Module):
     Pythia's embedding has 50,304 rows and its tokenizer some 50,277 entries: the policy masks the rest, and the pad id,
     itself, so that the sampler and every log-prob agree without knowing of it.
 
-    model: a Hugging Face causal LM;  forbidden [V]: bool, True at ids without a token and at the pad id.
+    model: a Hugging Face causal LM with float32 weights;  forbidden [V]: bool, True at ids without a token and at the
+    pad id;  dtype: of the matrix products of every forward. The weights, their gradients, the softmax over the
+    vocabulary and the values stay float32, so that with bfloat16 the small steps of Adam do not round to nothing.
     """
 
-    def __init__(self, model: nn.Module, forbidden: Tensor):
+    def __init__(self, model: nn.Module, forbidden: Tensor, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.model = model.eval()  # dropout off, always: two forwards must be equal
+        self.model, self.dtype = model.eval(), dtype  # dropout off, always: two forwards must be equal
         self.value_head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_head.to(model.device)
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
+        barred = torch.zeros(len(forbidden)).masked_fill(forbidden.cpu(), -torch.inf)
+        self.register_buffer("barred", barred.to(model.device), persistent=False)  # [V], added to logits
+
+    def precision(self) -> torch.autocast:
+        """The context of a forward; while it is open, each trained weight is cast once."""
+        return torch.autocast(self.barred.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def forward(self, **inputs):
         """The model's own forward (same keywords, same output object) with the forbidden ids masked in its logits."""
-        output = self.model(**inputs)
-        output.logits = output.logits.masked_fill(self.forbidden, -torch.inf)
+        with self.precision():
+            output = self.model(**inputs)
+        output.logits = output.logits + self.barred
         return output
 
     def response_forward(self, ids: Tensor, mask: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
-        """The training forward: ids, mask [B, Q+T] -> (logits [B, T, V] float32, values [B, T]) of the T states."""
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
-                                       use_cache=False).last_hidden_state
-        hidden = hidden[:, prompt_length - 1:-1]  # [B, T, D]: position Q-1 predicts the first response token
-        logits = self.model.get_output_embeddings()(hidden).float()
+        """The training forward: ids, mask [B, Q+T] -> (logits [B, T, V] float32, values [B, T]) of the T states.
+
+        Position Q-1 predicts the first response token, and the last position predicts nothing that is read.
+        """
+        with self.precision():
+            hidden = trunk_states(self.model.base_model, ids, mask, slice(prompt_length - 1, -1), self.dtype)
+            logits = self.model.get_output_embeddings()(hidden)
         values = self.value_head(hidden.float()).squeeze(-1)
-        return logits.masked_fill(self.forbidden, -torch.inf), values
+        return logits.float().add_(self.barred), values
+
+
+def trunk_states(trunk: nn.Module, ids: Tensor, mask: Tensor, kept: slice, dtype: torch.dtype) -> Tensor:
+    """ids, mask [B, L] -> the trunk's last hidden states at the positions `kept`, [B, kept, D], contiguous.
+
+    trunk: a Hugging Face causal LM's base_model;  dtype: of the products, as the autocast around the call has it.
+    """
+    if is_neox(trunk):
+        return neox_states(trunk, ids, *neox_rotation(trunk, mask), causal_bias(mask, dtype), kept)
+    return trunk(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
+                 use_cache=False).last_hidden_state[:, kept].contiguous()
+
+
+# --------------------------------------------------------------------------------------- GPT-NeoX, layer by layer
+
+
+def is_neox(trunk: nn.Module) -> bool:
+    """The trunk of a GPT-NeoX (Pythia) has the forward below, of which its own is the oracle.
+
+    transformers' wrappers cost a tiny model as much again as its arithmetic. The two differ by rounding.
+    """
+    return type(trunk).__name__ == "GPTNeoXModel"
+
+
+def causal_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """mask [B, L] -> [B, 1, L, L], added to attention scores: the lowest finite number at pads and at later tokens.
+
+    Finite, because a pad may see pads only: its state is never read, but must not be NaN. Its type is attention's:
+    `dtype` on a GPU, and float32 on a CPU, where attention's gradient takes 2.5 times as long in bfloat16.
+    """
+    length, dtype = mask.shape[1], dtype if mask.is_cuda else torch.float32
+    seen = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril() & mask[:, None, None].bool()
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def neox_rotation(trunk: nn.Module, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """mask [B, L] -> cos, sin [B, L, 1, 1, R] of the R turned features; sin has rotate_half's sign in it."""
+    cos, sin = (x[:, :, None, None] for x in trunk.rotary_emb(trunk.embed_in.weight, position_ids(mask)))
+    first, second = sin.chunk(2, -1)
+    return cos, torch.cat([-first, second], -1)  # so that a roll by half is rotate_half
+
+
+def neox_states(trunk: nn.Module, tokens: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, kept: slice,
+                cache: Tensor | None = None, start: int = 0) -> Tensor:
+    """tokens [B, L] -> last hidden states at the positions `kept`, [B, kept, D]: the last layer makes no others.
+
+    cos, sin [B, L, 1, 1, R] at the tokens; bias [B, 1, L, E], E being what they attend to. With a cache
+    [layers, 2, B, heads, longest, head size], keys and values are written there from `start`, and the first E are read.
+    """
+    heads, turned = trunk.config.num_attention_heads, cos.shape[-1]
+    hidden = trunk.embed_in(tokens)
+    for index, layer in enumerate(trunk.layers):
+        attention = layer.attention
+        qkv = attention.query_key_value(layer.input_layernorm(hidden)).unflatten(-1, (heads, 3, -1))
+        rotary = qkv[:, :, :, :2, :turned]
+        rotary = rotary * cos + rotary.roll(turned // 2, -1) * sin
+        query, key = torch.cat([rotary, qkv[:, :, :, :2, turned:]], -1).permute(3, 0, 2, 1, 4)
+        value = qkv[:, :, :, 2].transpose(1, 2)  # [B, heads, L, head size], as query and key
+        if cache is not None:
+            cache[index, 0, :, :, start:bias.shape[-1]], cache[index, 1, :, :, start:bias.shape[-1]] = key, value
+            key, value = cache[index, :, :, :, :bias.shape[-1]]
+        if index == len(trunk.layers) - 1:
+            query, hidden, bias = query[:, :, kept], hidden[:, kept], bias[:, :, kept]
+        with torch.autocast(bias.device.type, enabled=False):
+            mixed = nn.functional.scaled_dot_product_attention(query.to(bias.dtype), key.to(bias.dtype),
+                                                               value.to(bias.dtype), attn_mask=bias)
+        attended = attention.dense(mixed.transpose(1, 2).flatten(2))
+        source = hidden if trunk.config.use_parallel_residual else hidden + attended
+        hidden = hidden + attended + layer.mlp(layer.post_attention_layernorm(source))
+    return trunk.final_layer_norm(hidden)
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
@@ -178,7 +265,7 @@ def decoder(model: nn.Module, prompt_mask: Tensor, max_new_tokens: int):
     later one the token drawn last (L = 1); the cache is the step's own. A GPT-NeoX policy has a faster form, which the
     general one is the oracle of; they differ by rounding, which is why old log-probs come from `evaluate` (D4).
     """
-    if isinstance(model, Policy) and type(model.model).__name__ == "GPTNeoXForCausalLM":
+    if isinstance(model, Policy) and is_neox(model.model.base_model):
         return _neox_decoder(model, prompt_mask, max_new_tokens)
     return _cached_decoder(model, prompt_mask)
 
@@ -200,38 +287,22 @@ def _cached_decoder(model: nn.Module, prompt_mask: Tensor):
 
 
 def _neox_decoder(policy: Policy, prompt_mask: Tensor, max_new_tokens: int):
-    """`decoder` for GPT-NeoX: the layers called directly, positions, masks and a cache of fixed size made once."""
-    model, trunk, config = policy.model, policy.model.gpt_neox, policy.model.config
-    rows, longest, heads = len(prompt_mask), prompt_mask.shape[1] + max_new_tokens, config.num_attention_heads
+    """`decoder` for GPT-NeoX: positions, masks and a cache of fixed size made once."""
+    trunk, config = policy.model.base_model, policy.model.config
     mask = nn.functional.pad(prompt_mask, (0, max_new_tokens), value=1)  # [B, L] of the whole sequence
-    cos, sin = (x[:, :, None, None] for x in trunk.rotary_emb(trunk.embed_in.weight, position_ids(mask)))
-    turned = cos.shape[-1]  # leading features of a head that the rotary embedding turns
-    first, second = sin.chunk(2, -1)
-    sin = torch.cat([-first, second], -1)  # so that a roll by half is rotate_half, sign included
-    padding = cos.new_zeros(rows, 1, 1, longest).masked_fill(~mask[:, None, None].bool(), torch.finfo(cos.dtype).min)
-    cache = cos.new_zeros(len(trunk.layers), 2, rows, heads, longest, config.hidden_size // heads)
+    cos, sin = neox_rotation(trunk, mask)
+    bias = causal_bias(mask, policy.dtype)
+    cache = bias.new_zeros(config.num_hidden_layers, 2, len(mask), config.num_attention_heads, mask.shape[1],
+                           config.hidden_size // config.num_attention_heads)
     end = 0
 
     def step(tokens: Tensor) -> Tensor:
         nonlocal end
         now, end = slice(end, end + tokens.shape[1]), end + tokens.shape[1]
-        later = torch.ones(tokens.shape[1], end, dtype=torch.bool, device=tokens.device).triu(now.start + 1)
-        bias = padding[..., :end].masked_fill(later, torch.finfo(cos.dtype).min)  # [B, 1, L, end]
-        hidden = trunk.embed_in(tokens)  # [B, L, D]
-        for layer, (keys, values) in zip(trunk.layers, cache, strict=True):
-            attention = layer.attention
-            qkv = attention.query_key_value(layer.input_layernorm(hidden)).view(rows, -1, heads, 3, cache.shape[-1])
-            rotary = qkv[:, :, :, :2, :turned]
-            rotary = rotary * cos[:, now] + rotary.roll(turned // 2, -1) * sin[:, now]
-            query, keys[:, :, now] = torch.cat([rotary, qkv[:, :, :, :2, turned:]], -1).permute(3, 0, 2, 1, 4)
-            values[:, :, now] = qkv[:, :, :, 2].transpose(1, 2)
-            mixed = nn.functional.scaled_dot_product_attention(query, keys[:, :, :end], values[:, :, :end],
-                                                               attn_mask=bias)
-            attended = attention.dense(mixed.transpose(1, 2).flatten(2))
-            source = hidden if config.use_parallel_residual else hidden + attended
-            hidden = hidden + attended + layer.mlp(layer.post_attention_layernorm(source))
-        logits = model.get_output_embeddings()(trunk.final_layer_norm(hidden[:, -1]))
-        return logits.masked_fill(policy.forbidden, -torch.inf)
+        hidden = neox_states(trunk, tokens, cos[:, now], sin[:, now], bias[:, :, now, :end], slice(-1, None), cache,
+                             now.start)
+        logits = policy.model.get_output_embeddings()(hidden[:, 0])
+        return logits.float().add_(policy.barred)
     return step
 
 
@@ -253,22 +324,36 @@ def generate(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_
     step, tokens = decoder(model, prompt_mask, max_new_tokens), prompt_ids
     alive = torch.ones(rows, dtype=torch.bool, device=prompt_ids.device)
     response, response_mask = [], []
-    for uniform in uniforms:
-        logits = step(tokens).float()  # [B, V]
-        if greedy:
-            token = logits.argmax(-1)
-        else:
-            token = sample_inverse_cdf((logits / temperature).softmax(-1), uniform)
-        response.append(torch.where(alive, token, pad_id))
-        response_mask.append(alive)
-        alive = alive & (token != eos_id)
-        if not alive.any():
-            break
-        tokens = response[-1][:, None]
+    with model.precision() if isinstance(model, Policy) else contextlib.nullcontext():  # one, so that casts are kept
+        for uniform in uniforms:
+            logits = step(tokens).float()  # [B, V]
+            if greedy:
+                token = logits.argmax(-1)
+            else:
+                token = sample_inverse_cdf((logits / temperature).softmax(-1), uniform)
+            response.append(torch.where(alive, token, pad_id))
+            response_mask.append(alive)
+            alive = alive & (token != eos_id)
+            if not alive.any():
+                break
+            tokens = response[-1][:, None]
     return torch.stack(response, 1), torch.stack(response_mask, 1).to(prompt_mask.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------- one rollout
+
+
+CHUNK = 2**21  # numbers of [states, V] that are worked on at a time: few enough to stay in a processor's cache
+
+
+def by_states(*tensors: Tensor):
+    """tensors [..., X], the first one [..., V] -> tuples of views [n, X], n states at a time.
+
+    What is computed from [..., V] makes several buffers of that size: made of all states at once, they are most of the
+    memory of an update, and are read and written from there.
+    """
+    size = max(1, CHUNK // tensors[0].shape[-1])
+    return zip(*(tensor.reshape(-1, tensor.shape[-1]).split(size) for tensor in tensors), strict=True)
 
 
 @dataclass(frozen=True)
@@ -294,7 +379,8 @@ class Rollout:
 
 def entropy(logprobs: Tensor) -> Tensor:
     """[..., V] normalised log-probs -> [...] entropy in nats; an id of probability 0 counts 0, not NaN."""
-    return -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0).sum(-1)
+    parts = [-torch.where(x > -torch.inf, x.exp() * x, 0).sum(-1) for x, in by_states(logprobs)]
+    return torch.cat(parts).view(logprobs.shape[:-1])
 
 
 def evaluate(policy: Policy, ids: Tensor, attention: Tensor, response: Tensor, mask: Tensor,
@@ -341,7 +427,8 @@ def penalty_kl(logprobs: Tensor, all_logprobs: Tensor, references: Tensor, weigh
     logprobs [B, T] of the response tokens, all_logprobs [B, T, V], references as reference_logprobs made them.
     """
     if estimator == "exact":
-        return kl.kl_exact(all_logprobs, references)
+        parts = [kl.kl_exact(*part) for part in by_states(all_logprobs, references)]
+        return torch.cat(parts).view(logprobs.shape)
     per_reference = kl.kl_sampled(logprobs.expand_as(references), references, estimator)  # [K, B, T]
     if rule == "sum":
         return torch.einsum("k,kbt->bt", weights.to(per_reference), per_reference)
@@ -364,7 +451,7 @@ def collect(policy: Policy, references: list[Policy], weights: Tensor, initial: 
     ended = ((response == eos_id) & mask.bool()).any(1)
     scores = scores - settings.missing_eos_penalty * (~ended).to(scores.dtype)
 
-    parts = []
+    parts, exact = [], settings.estimator == "exact"
     for rows in torch.arange(len(ids), device=ids.device).split(settings.micro_batch):
         part = ids[rows], attention[rows], response[rows], mask[rows]
         logprobs, all_logprobs, values = evaluate(policy, *part, settings.temperature)
@@ -372,11 +459,15 @@ def collect(policy: Policy, references: list[Policy], weights: Tensor, initial: 
                                        temperature=settings.temperature)
         penalty = penalty_kl(logprobs, all_logprobs, reference, weights, rule=settings.rule,
                              estimator=settings.estimator)
-        kl_initial = kl.kl_exact(all_logprobs, evaluate(initial, *part, settings.temperature)[1])
+        if exact and len(references) == 1 and references[0] is initial:  # classic PPO: both are the same number
+            kl_initial = penalty
+        else:
+            kl_initial = penalty_kl(logprobs, all_logprobs, evaluate(initial, *part, settings.temperature)[1], weights,
+                                    rule="geometric", estimator="exact")
         parts.append((logprobs, values, reference, penalty, kl_initial, entropy(all_logprobs)))
     logprobs, values, reference, penalty, kl_initial, entropies = zip(*parts, strict=True)
     return Rollout(ids, attention, response, mask, torch.cat(logprobs), torch.cat(values),
-                   torch.cat(reference, dim=0 if settings.estimator == "exact" else 1), torch.cat(penalty),
+                   torch.cat(reference, dim=0 if exact else 1), torch.cat(penalty),
                    torch.cat(kl_initial), torch.cat(entropies), scores)
 
 
@@ -404,6 +495,59 @@ def penalised_rewards(scores: Tensor, kl_tokens: Tensor, mask: Tensor, beta: flo
     return rewards
 
 
+class TokenTerms(torch.autograd.Function):
+    """log pi(a|s) [b, T] and exact KL(pi||rho) [b, T] from logits [b, T, V], which are overwritten.
+
+    The fast form of `evaluate` and `penalty_kl` for training: autograd would keep six buffers of [b, T, V] and read
+    and write each from main memory; here there is one, which holds first the log-probs, then the gradient. With
+    x = log pi - log rho, d KL / d logit_v = pi_v (x_v - KL) and d log pi(a) / d logit_v = 1[v = a] - pi_v.
+
+    tokens [b, T]; references [b, T, V] as `reference_logprobs` makes them for the exact estimator.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor, references: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        parts = []
+        for x, reference in by_states(logits, references):
+            logprobs = x.copy_((x / temperature).log_softmax(-1))
+            parts.append(torch.linalg.vecdot(*TokenTerms.factors(logprobs, reference)))
+        kl_tokens = torch.cat(parts).view(tokens.shape)
+        ctx.save_for_backward(logits, tokens, references, kl_tokens)
+        ctx.temperature = temperature
+        return logits.gather(-1, tokens[..., None]).squeeze(-1), kl_tokens
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs: Tensor, grad_kl: Tensor) -> tuple[Tensor, None, None, None]:
+        all_logprobs, tokens, references, kl_tokens = ctx.saved_tensors
+        columns = [tensor[..., None] for tensor in (tokens, kl_tokens, grad_logprobs, grad_kl)]
+        for logprobs, reference, token, value, on_logprob, on_kl in by_states(all_logprobs, references, *columns):
+            pi, x = TokenTerms.factors(logprobs, reference)
+            grad = pi.mul_(x.sub_(value).mul_(on_kl).sub_(on_logprob)).scatter_add_(-1, token, on_logprob)
+            torch.div(grad, ctx.temperature, out=logprobs)
+        return all_logprobs, None, None, None
+
+    @staticmethod
+    def factors(logprobs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """pi and x, [n, V]; x is 0 where pi is, as in `kl.kl_exact`."""
+        pi = logprobs.exp()
+        return pi, torch.where(pi > 0, logprobs - reference, 0)
+
+
+def loss_terms(policy: Policy, batch: dict[str, Tensor], weights: Tensor, settings) -> tuple[Tensor, Tensor, Tensor]:
+    """batch and weights as for `ppo_loss` -> (logprobs, KL's term of the loss, values), each [b, T]."""
+    ids, attention, response, mask = (batch[name] for name in ("ids", "attention", "response", "mask"))
+    if settings.estimator == "exact":
+        logits, values = policy.response_forward(ids, attention, ids.shape[1] - response.shape[1])
+        logprobs, kl_tokens = TokenTerms.apply(logits, response, batch["references"], settings.temperature)
+        return logprobs.masked_fill(mask == 0, 0), kl_tokens, values  # filled here, as in `evaluate`
+    logprobs, all_logprobs, values = evaluate(policy, ids, attention, response, mask, settings.temperature)
+    kl_tokens = penalty_kl(logprobs, all_logprobs, batch["references"], weights, rule=settings.rule,
+                           estimator=settings.estimator)
+    # Tokens come from pi_old. The detached weight pi/pi_old keeps E grad k2 = grad KL(pi||rho).
+    return logprobs, (logprobs - batch["logprobs"]).detach().exp() * kl_tokens, values
+
+
 def ppo_loss(policy: Policy, batch: dict[str, Tensor], weights: Tensor, beta: float, sigma: Tensor,
              settings) -> tuple[Tensor, dict[str, Tensor]]:
     """L = E_t[max(-r A, -clip(r) A)] + c_v L_value + (beta / sigma_A) E_t[KL_t] on some rows of a rollout.
@@ -412,19 +556,13 @@ def ppo_loss(policy: Policy, batch: dict[str, Tensor], weights: Tensor, beta: fl
     sigma_A, a scalar -> (loss, metrics), all scalars.
     """
     mask = batch["mask"]
-    logprobs, all_logprobs, values = evaluate(policy, batch["ids"], batch["attention"], batch["response"], mask,
-                                              settings.temperature)
+    logprobs, kl_tokens, values = loss_terms(policy, batch, weights, settings)
     pg_loss, clipfrac = policy_loss(logprobs, batch["logprobs"], batch["advantages"], mask, settings.clip)
     v_loss, value_clipfrac = value_loss(values, batch["values"], batch["returns"], mask, settings.value_clip)
     loss = pg_loss + settings.vf_coef * v_loss
-    log_ratio = (logprobs - batch["logprobs"]).detach()
     if settings.penalty != "reward":
-        kl_tokens = penalty_kl(logprobs, all_logprobs, batch["references"], weights, rule=settings.rule,
-                               estimator=settings.estimator)
-        if settings.estimator != "exact":
-            # Tokens come from pi_old. The detached weight pi/pi_old keeps E grad k2 = grad KL(pi||rho).
-            kl_tokens = log_ratio.exp() * kl_tokens
         loss = loss + beta / sigma * masked_mean(kl_tokens, mask)
+    log_ratio = (logprobs - batch["logprobs"]).detach()
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "clipfrac": clipfrac, "value_clipfrac": value_clipfrac,
                # k3 of KL(pi_old || pi): how far this update has moved the policy
                "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask)}
@@ -449,11 +587,14 @@ def optimise(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout,
                "advantages": whiten(advantages, rollout.mask)}
     history: list[dict[str, float]] = []
     for _ in range(settings.epochs):
-        order = torch.randperm(len(rollout.ids), generator=generator).to(rollout.ids.device)
+        order = torch.randperm(len(rollout.ids), generator=generator)
         for minibatch in order.chunk(settings.minibatches):
+            minibatch = minibatch.sort().values  # within a minibatch the order changes nothing
             optimizer.zero_grad()
             totals: dict[str, Tensor] = {}
             for rows in minibatch.split(settings.micro_batch):
+                if rows[-1] - rows[0] == len(rows) - 1:
+                    rows = slice(rows[0], rows[-1] + 1)  # a view: nothing of [b, T, V] is copied
                 batch = {name: tensor[rows] for name, tensor in tensors.items()}
                 exact = settings.estimator == "exact"
                 batch["references"] = rollout.references[rows] if exact else rollout.references[:, rows]

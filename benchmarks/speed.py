@@ -51,6 +51,7 @@ SHAPES = {  # of GPT-NeoX; tiny is tiny/model's, pythia-70m EleutherAI's
                    "vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25},
 }
 BATCHES = {"tiny": (32, 6, 20), "pythia-70m": (16, 24, 32)}  # B, Q, T
+THREADS = {"tiny": 1, "pythia-70m": 2}  # the preset tiny has one; trl is not faster there with two
 EPOCHS = 4  # of one minibatch
 
 
@@ -74,7 +75,7 @@ class Case:
 
 
 def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
-    """What takes turns with what."""
+    """What takes turns with what: all cases of a group are in memory together, 15 GB at Pythia's shape."""
     found = {}
     for shape in shapes:
         base = [Case("this project, float32", shape, device=device), Case("this project, bfloat16", shape, "bfloat16",
@@ -83,18 +84,20 @@ def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
         crowd = (1, 2, 4, 8) if shape == "tiny" else (1, 2, 4)
         found[f"{shape}, agents"] = [Case(f"{n} agents, {n} references each", shape, agents=n, references=n,
                                           device=device) for n in crowd]
-        found[f"{shape}, references"] = [Case(f"{k} references, {rule}", shape, references=k, rule=rule, device=device)
-                                         for rule in ("geometric", "arithmetic", "sum") for k in (1, 2, 4, 8)]
+        found[f"{shape}, references"] = [Case(f"{k} references, geometric", shape, references=k, device=device)
+                                         for k in (1, 2, 4, 8)]
+        found[f"{shape}, rules"] = [Case(f"4 references, {rule}", shape, references=4, rule=rule, device=device)
+                                    for rule in ("geometric", "arithmetic", "sum")]
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------- worker
 
 
-def new_model(shape: str, dtype: str, device: str):
+def new_model(shape: str, device: str):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     torch.manual_seed(0)
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPES[shape])).to(device, getattr(torch, dtype))
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPES[shape])).to(device)
 
 
 class Updates:
@@ -106,13 +109,14 @@ class Updates:
         self.settings = dataclasses.replace(
             fedppo.Settings(), batch=rows, micro_batch=rows, epochs=EPOCHS, minibatches=1, response_length=response,
             rule=case.rule, estimator="exact", lr=1e-5, device=case.device, dtype=case.dtype)
-        model = new_model(case.shape, case.dtype, case.device)
+        model = new_model(case.shape, case.device)
         forbidden = torch.zeros(model.config.vocab_size, dtype=torch.bool)
         forbidden[:2] = True  # EOS and pad: no response ends
-        self.policies = [ppo_core.Policy(new_model(case.shape, case.dtype, case.device), forbidden)
+        dtype = getattr(torch, case.dtype)
+        self.policies = [ppo_core.Policy(new_model(case.shape, case.device), forbidden, dtype)
                          for _ in range(case.agents)]
         self.optimizers = [fedppo.new_optimizer(policy, self.settings) for policy in self.policies]
-        self.references = [ppo_core.Policy(new_model(case.shape, case.dtype, case.device), forbidden)
+        self.references = [ppo_core.Policy(new_model(case.shape, case.device), forbidden, dtype)
                            .requires_grad_(False) for _ in range(case.references)]
         self.weights = torch.full([case.references], 1 / case.references, dtype=torch.float64)
         self.reward = data.RewardModel(model, "last", torch.Generator().manual_seed(0)).requires_grad_(False)
@@ -153,6 +157,13 @@ class Updates:
         return seconds
 
 
+def prepare(shape: str) -> None:
+    """This process as `fedppo.load_world` sets it up."""
+    torch.set_num_threads(THREADS[shape])
+    fedppo.keep_memory()
+    fedppo.use_onednn(SHAPES[shape]["hidden_size"])
+
+
 def serve(update) -> None:
     """A worker's life: "ready", then for each line read one update and one line of JSON."""
     print("ready", flush=True)
@@ -167,12 +178,12 @@ def serve(update) -> None:
 # -------------------------------------------------------------------------------------------------------- schedule
 
 
-def measure(cases: list[Case], repeats: int, threads: int, trl_python: str) -> list[dict]:
+def measure(cases: list[Case], repeats: int, trl_python: str) -> list[dict]:
     """All cases in turns, `repeats` times after one to warm up -> per case its samples."""
     workers, samples = [], [{"case": dataclasses.asdict(case), "updates": [], "peak": 0.0} for case in cases]
     for case in cases:
         script, python = (HERE / "speed_trl.py", trl_python) if case.trl else (HERE / "speed.py", sys.executable)
-        command = [python, str(script), "--worker", case.spec(), "--threads", str(threads)]
+        command = [python, str(script), "--worker", case.spec(), "--threads", str(THREADS[case.shape])]
         workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         stderr=subprocess.DEVNULL))
         answer(workers[-1], "ready")
@@ -180,7 +191,7 @@ def measure(cases: list[Case], repeats: int, threads: int, trl_python: str) -> l
         for worker, found in zip(workers, samples, strict=True):
             worker.stdin.write("go\n")
             worker.stdin.flush()
-            said = json.loads(answer(worker, "{"))
+            said = json.loads(answer(worker, '{"seconds"'))
             found["peak"] = said["peak"]
             if repeat:
                 found["updates"].append(said["seconds"])
@@ -204,7 +215,7 @@ def answer(worker: subprocess.Popen, start: str) -> str:
 def rates(dtype: torch.dtype, rows: int, width: int) -> tuple[float, float]:
     """Measured here and now: operations per second of a matrix product of the model's own size, bytes per second."""
     a, b = torch.randn(rows, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
-    big = torch.randn(64 * 2**20 // 4)
+    big, copy = torch.randn(2, 64 * 2**20 // 4)
 
     def best(function) -> float:
         times = []
@@ -215,28 +226,32 @@ def rates(dtype: torch.dtype, rows: int, width: int) -> tuple[float, float]:
         return min(times)
     repeats = max(1, int(2e9 / (8 * rows * width**2)))
     product = best(lambda: [a @ b for _ in range(repeats)]) / repeats
-    return 2 * rows * width * 4 * width / product, 2 * big.nbytes / best(big.clone)
+    return 2 * rows * width * 4 * width / product, 2 * big.nbytes / best(lambda: copy.copy_(big))
 
 
 def floor(case: Case) -> dict[str, float]:
     """Seconds that one agent's update cannot be faster than, if every operation ran at the measured rates.
 
-    Products alone are counted: 2 operations per weight of the trunk and token, and of the head at the T positions
-    that need logits; attention and everything elementwise is left out. A decoding step reads all weights once; Adam
-    reads and writes 7 numbers per weight.
+    Products alone are counted, 2 operations per weight and token: of the trunk at all positions but the last layer,
+    which needs keys and values there and the rest at the T states, and of the head at these; attention and everything
+    elementwise is left out. A decoding step reads all weights once; Adam reads and writes 7 float32 per weight. The
+    first reference is the initial policy, whose forward is counted once.
     """
     rows, prompt, response = BATCHES[case.shape]
-    shape, size = SHAPES[case.shape], 2 if case.dtype == "bfloat16" else 4
-    trunk = 12 * shape["hidden_size"] ** 2 * shape["num_hidden_layers"]  # weights
+    shape = SHAPES[case.shape]
+    layer, layers = 12 * shape["hidden_size"] ** 2, shape["num_hidden_layers"]  # weights
     head = shape["hidden_size"] * shape["vocab_size"]
     speed, bandwidth = rates(getattr(torch, case.dtype), rows * (prompt + response), shape["hidden_size"])
     step_speed, _ = rates(getattr(torch, case.dtype), rows, shape["hidden_size"])
-    whole, scored = rows * (prompt + response), rows * response  # tokens
-    forward = 2 * (trunk * whole + head * scored) / speed
-    step = max(2 * (trunk + head) * rows / step_speed, (trunk + head) * size / bandwidth)
-    adam = 7 * (trunk + 2 * head) * size / bandwidth
-    seconds = {"rollout": 2 * trunk * rows * prompt / speed + response * step,
-               "scoring": (2 + case.references) * forward + 2 * trunk * whole / speed,  # old policy, initial; reward
+    reward = 2 * layer * layers * rows * (prompt + response) / rates(
+        torch.float32, rows * (prompt + response), shape["hidden_size"])[0]
+    trunk = 2 * rows * layer * ((layers - 1) * (prompt + response) + response + prompt / 6)  # operations
+    forward = (trunk + 2 * head * rows * response) / speed
+    weights = (layer * layers + head) * (2 if case.dtype == "bfloat16" else 4)  # bytes
+    step = max(2 * (layer * layers + head) * rows / step_speed, weights / bandwidth)
+    adam = 7 * (layer * layers + 2 * head) * 4 / bandwidth
+    seconds = {"rollout": 2 * rows * layer * (layers - 1 + 1 / 6) * prompt / speed + response * step,
+               "scoring": (1 + case.references) * forward + reward,
                "optimisation": EPOCHS * (3 * forward + adam)}
     return {name: value * case.agents for name, value in seconds.items()}
 
@@ -247,8 +262,9 @@ def floor(case: Case) -> dict[str, float]:
 def tables(results: dict) -> str:
     """speed-NAME.md from speed-NAME.json."""
     lines = ["# Speed of one PPO update", "", f"Made by `python benchmarks/speed.py --name {results['name']}` on "
-             f"{results['hardware']}, {results['threads']} threads, torch {results['torch']}; {results['repeats']} "
-             "updates of every case, in turns: medians [quartiles], in seconds."]
+             f"{results['hardware']}, torch {results['torch']}, {results['threads']['pythia-70m']} threads (tiny: "
+             f"{results['threads']['tiny']}); {results['repeats']} updates of every case, in turns: medians "
+             "[quartiles], in seconds."]
     for group, cases in results["groups"].items():
         rows, first = [], None
         for case in cases:
@@ -271,20 +287,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default="cpu", help="of the files that are written: results/speed-NAME.json, .md")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trl-python", default="", help="the Python of an environment that has trl 1.12.0")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
     if options.worker:
-        serve(Updates(Case(**json.loads(options.worker)["case"])).once)
+        case = Case(**json.loads(options.worker)["case"])
+        prepare(case.shape)
+        serve(Updates(case).once)
         return 0
-    results = {"name": options.name, "threads": options.threads, "repeats": options.repeats, "torch": torch.__version__,
+    results = {"name": options.name, "threads": THREADS, "repeats": options.repeats, "torch": torch.__version__,
                "hardware": torch.cuda.get_device_name() if options.device != "cpu" else f"{os.cpu_count()} cores "
                f"({platform.machine()})", "groups": {}}
     for group, cases in groups(options.shapes, options.device, bool(options.trl_python)).items():
-        measured = measure(cases, options.repeats, options.threads, options.trl_python)
+        measured = measure(cases, options.repeats, options.trl_python)
+        prepare(cases[0].shape)
         results["groups"][group] = [found | {"floor": floor(case)} for found, case in zip(measured, cases, strict=True)]
         path = HERE / "results" / f"speed-{options.name}.json"
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -72,7 +72,7 @@ def test_jobs_are_on_seeds_that_nothing_was_chosen_on():
     assert {job.flags.count("--agents 8") for job in wanted if "2 of 8" in job.regime} == {1}
 
 
-def test_the_table_of_known_scores(tmp_path):
+def test_the_tables_of_known_scores():
     rows = []
     for seed in attacks.SEEDS:
         for arm, regime, score in [("isolated", "none, 1 of 4", 0.5), ("federated", "collapsed, 1 of 4", 0.1),
@@ -80,6 +80,11 @@ def test_the_table_of_known_scores(tmp_path):
             rows.append(dict.fromkeys(attacks.COLUMNS, "") | {
                 "arm": arm, "regime": regime, "seed": seed, "caught": "1", "wronged": "0.25",
                 "judge_final": score + seed % 10 / 100})
-    study.save(tmp_path / "attacks.csv", rows, attacks.COLUMNS)
+    rows += [rows[-1] | {"seed": seed, "arm": f"{arm}, defended", "settings": f"--outlier {factor}",
+                         "judge_final": score * factor, "wronged": "0.5"}
+             for seed in study.TUNING for factor in (1.5, 3)
+             for arm, score in (("federated", 2), ("federated merged", 4))]
+    text = attacks.tables(rows)
+    assert ("| 1.5 | 3.000 | 6.000 | 100% | 50% |\n| 3 | 6.000 | 12.000 | 100% | 50% |\n") in text
     assert ("| collapsed, 1 of 4 | `federated` | 0.12 | -0.40 [-0.40, -0.40], 0 of 5 | 0.62 | +0.10 [+0.10, +0.10], "
-            "5 of 5 | 100% | 25% |") in attacks.write(tmp_path)
+            "5 of 5 | 100% | 25% |") in text

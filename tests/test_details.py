@@ -171,7 +171,7 @@ def test_detail_01_padding_never_matters(toy_policy, small_settings):
 
 def test_detail_02_pad_is_not_eos_and_eos_is_learned(small_model, toy_policy, small_settings):
     """`<|padding|>` is the pad of a tokenizer that sets none; EOS has mask 1 and a gradient, all after it mask 0."""
-    _, tokenizer, forbidden = data.load_model(str(small_model), torch.float32, "cpu")
+    _, tokenizer, forbidden = data.load_model(str(small_model), "cpu")
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.pad_token) == (0, 1, "<|padding|>")
     assert forbidden[1] and not forbidden[0]
 
@@ -198,7 +198,8 @@ def test_detail_03_response_logits_are_those_before_each_token(toy_policy, small
     positions = (rollout.attention.cumsum(1) - 1).clamp(min=0)
     whole = policy.model(input_ids=rollout.ids, attention_mask=rollout.attention, position_ids=positions).logits
     allowed = ~policy.forbidden
-    assert torch.equal(logits[..., allowed], whole[:, q - 1:-1][..., allowed])
+    real = rollout.mask.bool()  # at pads the two forwards may differ, and nobody reads them
+    assert largest((logits - whole[:, q - 1:-1])[real][:, allowed]) < 1e-5
     assert logits.shape[1] == values.shape[1] == rollout.response.shape[1]
     b = 2  # the state before token t is the prompt and the t tokens before it
     for t in range(int(rollout.mask[b].sum())):
@@ -582,7 +583,7 @@ def test_detail_20_initialisation(toy_policy, tiny_world, tiny_task, monkeypatch
 
 def test_detail_21_ids_without_a_token_are_masked_by_the_policy(small_model, small_settings):
     """The embedding has more rows than the tokenizer entries: sampler and every log-prob agree that those have none."""
-    model, tokenizer, forbidden = data.load_model(str(small_model), torch.float32, "cpu")
+    model, tokenizer, forbidden = data.load_model(str(small_model), "cpu")
     rows, entries = model.get_output_embeddings().weight.shape[0], len(tokenizer)
     assert forbidden.shape == (rows,) and rows > entries
     assert forbidden.nonzero().flatten().tolist() == [PAD, *range(entries, rows)]
@@ -796,7 +797,7 @@ def test_detail_26_equal_pairs_are_counted_reported_and_dropped(tmp_path, small_
 
 def test_detail_27_prompt_and_response_are_joined_by_one_space(tmp_path, small_model):
     """The dataset strips leading spaces: whether a row has one or not, exactly one stands at the seam."""
-    tokenizer = data.load_model(str(small_model), torch.float32, "cpu")[1]
+    tokenizer = data.load_model(str(small_model), "cpu")[1]
     for prompt, chosen in (("The soup was", "calm and grey."), ("The soup was ", " calm and grey."),
                            ("The soup was", "\n calm and grey. ")):
         rows = worlds.chat_rows(1)
@@ -845,7 +846,7 @@ def test_detail_29_training_is_float32_whatever_the_checkpoint_is(small_model, t
     assert "float16" in (config.get("dtype"), config.get("torch_dtype"))
     for preset in ("tiny", "pythia-70m"):
         assert fedppo.parse(["--preset", preset, "--device", "cpu"])[0].dtype == "float32"
-    model, _, forbidden = data.load_model(str(small_model), torch.float32, "cpu")
+    model, _, forbidden = data.load_model(str(small_model), "cpu")
     policy, reward = ppo_core.Policy(model, forbidden), data.RewardModel(model, "last", stream())
     agent = fedppo.Agent(0, tiny_world, tiny_task, 8, 0.2)
     for module in (policy, reward, agent.policy, tiny_world.initial):

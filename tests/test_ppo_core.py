@@ -344,6 +344,25 @@ def test_the_fast_decoder_is_the_models_own_forward(toy_policy, parallel, rotary
         tokens = torch.randint(2, 14, (len(PROMPTS), 1), generator=stream)
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+def test_the_training_forward_is_the_models_own(toy_policy, monkeypatch, parallel):
+    """GPT-NeoX's layers called directly against transformers' trunk, behind left padding: values and all gradients."""
+    policy = moved(toy_policy(use_parallel_residual=parallel, rotary_pct=0.5), 3, 0.1)
+    prompts, prompt_mask = data.pad(PROMPTS, PAD, "left")
+    response, mask = data.pad([[4, 0], [9, 3, 2, 0], [7], [2, 2, 8]] * 2, PAD, "right")
+    part = torch.cat([prompts, response], 1), torch.cat([prompt_mask, mask], 1), response, mask
+    found = []
+    for fast in (True, False):
+        monkeypatch.setattr(ppo_core, "is_neox", lambda model, fast=fast: fast)
+        logprobs, all_logprobs, values = evaluate(policy, *part, 0.8)
+        everything = all_logprobs[mask.bool()][:, ~policy.forbidden]
+        loss = everything.sin().sum() + values.mul(mask).sum()
+        found.append((everything, values[mask.bool()], gradient(loss, policy)))
+        assert torch.equal(logprobs == 0, mask == 0)
+    for fast, slow in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+
+
 def test_the_decoder_of_another_architecture_is_its_own_forward():
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
@@ -643,11 +662,41 @@ def test_the_value_loss_reaches_the_trunk_but_not_the_logits(toy_policy, small_s
     references, weights = references_of(policy, "geometric")
     rollout = roll(policy, s, references, weights)
     zero, one = torch.zeros_like(rollout.logprobs), torch.ones_like(rollout.logprobs)
-    loss, _ = ppo_loss(policy, batch_of(rollout, zero, one), weights, 0.0, torch.ones(()), s)
     for parameters, reached in ((policy.value_head, True), (policy.model.base_model, True),
                                 (policy.model.get_output_embeddings(), False)):
-        grads = torch.autograd.grad(loss, list(parameters.parameters()), retain_graph=True, materialize_grads=True)
+        loss, _ = ppo_loss(policy, batch_of(rollout, zero, one), weights, 0.0, torch.ones(()), s)
+        grads = torch.autograd.grad(loss, list(parameters.parameters()), materialize_grads=True)
         assert any(grad.any() for grad in grads) == reached
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [1, 40, 2**21])
+def test_token_terms_are_autograds(monkeypatch, temperature, chunk):
+    """The hand-written log-probs, KL and gradient against plain operations, with ids that have no probability."""
+    monkeypatch.setattr(ppo_core, "CHUNK", chunk)  # 1, 2 and all states at a time
+    leaf = randn(0, 3, 5, 20).requires_grad_()
+    reference = randn(1, 3, 5, 20)
+    barred = torch.zeros(20, dtype=torch.float64)
+    barred[[1, 19]] = -torch.inf  # under both
+    underflow = torch.zeros(20, dtype=torch.float64)
+    underflow[7] = -2000.0  # pi is 0, its log is not -inf
+    reference[0, 0, 7] = -torch.inf
+    reference = (reference + barred).log_softmax(-1)
+    tokens = torch.randint(2, 7, (3, 5), generator=torch.Generator().manual_seed(2))
+    on_logprob, on_kl = randn(3, 3, 5), randn(4, 3, 5)
+    found = []
+    for fast in (True, False):
+        logits = leaf * 1.5 + barred + underflow
+        if fast:
+            logprobs, penalty = ppo_core.TokenTerms.apply(logits, tokens, reference, temperature)
+        else:
+            every = (logits / temperature).log_softmax(-1)
+            logprobs, penalty = every.gather(-1, tokens[..., None])[..., 0], kl.kl_exact(every, reference)
+        grad, = torch.autograd.grad((logprobs * on_logprob + penalty * on_kl).sum(), leaf)
+        found.append((logprobs, penalty, grad))
+    for fast, slow in zip(*found, strict=True):
+        close(fast, slow.detach())
+    assert found[0][2].any()
 
 
 @pytest.mark.parametrize("where, says", [("scores", "an advantage"), ("references", "the gradient's norm")])
