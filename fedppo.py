@@ -101,8 +101,9 @@ class Settings:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu", group="run")
     threads: int = setting(1, "CPU threads of torch; 0: torch decides. One is best for a tiny model; results are equal "
                            "to the bit only for equal numbers", pythia=0, group="run")
-    dtype: str = setting("float32", "of the policies' matrix products; the weights are float32 in any case, and "
-                         "log-probs with bfloat16 have errors of about 0.01", group="run",
+    dtype: str = setting("float32", "of the policies' matrix products; the weights are float32 in any case. With "
+                         "bfloat16 log-probs have errors, of about 0.01 on the model of tiny and more where logits are "
+                         "large", group="run",
                          choices=("float32", "bfloat16"))
 
     model: str = setting("tiny/model", "a causal LM: hub name or local folder", group="model and data",
@@ -804,6 +805,7 @@ def train(world: World, task: Task, mode: str, run: "Run", saved: dict | None = 
                     run.checkpoint(mode, task, agents, frozen)
                     raise Stopped(run.stop)
         end_if_all_diverged(agents)
+        give_back()
         if (rnd + 1) % s.save_every == 0 or rnd + 1 == s.rounds:
             run.checkpoint(mode, task, agents, frozen)
     return agents
@@ -1245,7 +1247,8 @@ def keep_memory() -> None:
     """Tell glibc to keep freed memory for the next tensor. Elsewhere nothing happens.
 
     It would give each large tensor back to the system, and the pages of the next one would have to be zeroed again:
-    at Pythia's vocabulary that takes longer than what is computed in them.
+    at Pythia's vocabulary that takes longer than what is computed in them. The price is a higher peak, by a tenth in
+    benchmarks/speed.py, and holes that can grow without bound: so `train` calls `give_back` once a round.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -1253,17 +1256,23 @@ def keep_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def give_back() -> None:
+    """Return to the system what glibc keeps and nobody uses."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def use_onednn(width: int) -> None:
-    """On a CPU, float32 matrix products of models `width` wide by oneDNN: twice as fast in decoding, 1.1 in training.
+    """float32 matrix products on a CPU of models `width` wide by oneDNN: twice as fast in decoding, 1.1 in training.
 
     torch takes oneDNN where it may use bfloat16 inside. A processor without AMX does not; on one that does, which the
     errors show, this is taken back. Narrow models are slower with it.
     """
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if width >= 256 else "none"
+    torch.set_float32_matmul_precision("medium" if width >= 256 else "highest")
     a, b = torch.randn(2, 512, width, generator=torch.Generator().manual_seed(0))
     for rows in (16, 512):
         if ((a[:rows] @ b.T) - (a[:rows].double() @ b.double().T)).abs().max() > 1e-6 * width:
-            torch.backends.mkldnn.matmul.fp32_precision = "none"
+            torch.set_float32_matmul_precision("highest")
 
 
 def load_world(s: Settings, reason: str) -> World:
@@ -1280,7 +1289,8 @@ def load_world(s: Settings, reason: str) -> World:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     world = World(s)
-    use_onednn(world.model.config.hidden_size)
+    if s.device == "cpu":
+        use_onednn(world.model.config.hidden_size)
     print(f"{len(world.pairs)} preference pairs; dropped {world.dropped} rows whose chosen and rejected are the same")
     pooling = ["--mode centralized"] * ("centralized" in s.mode)
     pooling += [f"--reward {s.reward}"] * (s.reward in ("shared", "ensemble"))

@@ -130,8 +130,9 @@ class Policy(nn.Module):
     itself, so that the sampler and every log-prob agree without knowing of it.
 
     model: a Hugging Face causal LM with float32 weights;  forbidden [V]: bool, True at ids without a token and at the
-    pad id;  dtype: of the matrix products of every forward. The weights, their gradients, the softmax over the
-    vocabulary and the values stay float32, so that with bfloat16 the small steps of Adam do not round to nothing.
+    pad id;  dtype: of the matrix products of every forward (on a CPU attention's own are float32 in any case). The
+    weights, their gradients, the softmax over the vocabulary and the values stay float32, so that with bfloat16 the
+    small steps of Adam do not round to nothing.
     """
 
     def __init__(self, model: nn.Module, forbidden: Tensor, dtype: torch.dtype = torch.float32):
@@ -142,18 +143,22 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.value_head.to(model.device)
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
-        barred = torch.zeros(len(forbidden)).masked_fill(forbidden.cpu(), -torch.inf)
-        self.register_buffer("barred", barred.to(model.device), persistent=False)  # [V], added to logits
+        self.register_buffer("forbidden_ids", self.forbidden.nonzero().flatten(), persistent=False)
 
     def precision(self) -> torch.autocast:
-        """The context of a forward; while it is open, each trained weight is cast once."""
-        return torch.autocast(self.barred.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """The context of a forward; while it is open, each trained weight is cast once, a frozen one at every use."""
+        return torch.autocast(self.forbidden.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """logits [..., V] with -inf at the forbidden ids, in place and past autograd: their gradient is 0 anyway."""
+        logits.detach().index_fill_(-1, self.forbidden_ids, -torch.inf)
+        return logits
 
     def forward(self, **inputs):
         """The model's own forward (same keywords, same output object) with the forbidden ids masked in its logits."""
         with self.precision():
             output = self.model(**inputs)
-        output.logits = output.logits + self.barred
+        output.logits = self.masked(output.logits)
         return output
 
     def response_forward(self, ids: Tensor, mask: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +170,7 @@ class Policy(nn.Module):
             hidden = trunk_states(self.model.base_model, ids, mask, slice(prompt_length - 1, -1), self.dtype)
             logits = self.model.get_output_embeddings()(hidden)
         values = self.value_head(hidden.float()).squeeze(-1)
-        return logits.float().add_(self.barred), values
+        return self.masked(logits.float()), values
 
 
 def trunk_states(trunk: nn.Module, ids: Tensor, mask: Tensor, kept: slice, dtype: torch.dtype) -> Tensor:
@@ -194,7 +199,7 @@ def causal_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """mask [B, L] -> [B, 1, L, L], added to attention scores: the lowest finite number at pads and at later tokens.
 
     Finite, because a pad may see pads only: its state is never read, but must not be NaN. Its type is attention's:
-    `dtype` on a GPU, and float32 on a CPU, where attention's gradient takes 2.5 times as long in bfloat16.
+    `dtype` with CUDA, else float32: on a CPU attention's gradient takes 2.5 times as long in bfloat16.
     """
     length, dtype = mask.shape[1], dtype if mask.is_cuda else torch.float32
     seen = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril() & mask[:, None, None].bool()
@@ -299,10 +304,11 @@ def _neox_decoder(policy: Policy, prompt_mask: Tensor, max_new_tokens: int):
     def step(tokens: Tensor) -> Tensor:
         nonlocal end
         now, end = slice(end, end + tokens.shape[1]), end + tokens.shape[1]
-        hidden = neox_states(trunk, tokens, cos[:, now], sin[:, now], bias[:, :, now, :end], slice(-1, None), cache,
-                             now.start)
-        logits = policy.model.get_output_embeddings()(hidden[:, 0])
-        return logits.float().add_(policy.barred)
+        with policy.precision():
+            hidden = neox_states(trunk, tokens, cos[:, now], sin[:, now], bias[:, :, now, :end], slice(-1, None), cache,
+                                 now.start)
+            logits = policy.model.get_output_embeddings()(hidden[:, 0])
+        return policy.masked(logits.float())
     return step
 
 
@@ -498,8 +504,9 @@ def penalised_rewards(scores: Tensor, kl_tokens: Tensor, mask: Tensor, beta: flo
 class TokenTerms(torch.autograd.Function):
     """log pi(a|s) [b, T] and exact KL(pi||rho) [b, T] from logits [b, T, V], which are overwritten.
 
-    The fast form of `evaluate` and `penalty_kl` for training: autograd would keep six buffers of [b, T, V] and read
-    and write each from main memory; here there is one, which holds first the log-probs, then the gradient. With
+    The fast form of `evaluate` and `penalty_kl` for training: autograd would keep four buffers of [b, T, V] and read
+    and write each from main memory; here there is one, which holds first the log-probs, then the gradient (so that
+    backward can be called once). With
     x = log pi - log rho, d KL / d logit_v = pi_v (x_v - KL) and d log pi(a) / d logit_v = 1[v = a] - pi_v.
 
     tokens [b, T]; references [b, T, V] as `reference_logprobs` makes them for the exact estimator.
@@ -507,6 +514,7 @@ class TokenTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, references: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        assert logits.is_contiguous(), "else the views below would be copies"
         parts = []
         for x, reference in by_states(logits, references):
             logprobs = x.copy_((x / temperature).log_softmax(-1))
@@ -534,14 +542,18 @@ class TokenTerms(torch.autograd.Function):
         return pi, torch.where(pi > 0, logprobs - reference, 0)
 
 
-def loss_terms(policy: Policy, batch: dict[str, Tensor], weights: Tensor, settings) -> tuple[Tensor, Tensor, Tensor]:
-    """batch and weights as for `ppo_loss` -> (logprobs, KL's term of the loss, values), each [b, T]."""
+def loss_terms(policy: Policy, batch: dict[str, Tensor], weights: Tensor,
+               settings) -> tuple[Tensor, Tensor | None, Tensor]:
+    """batch and weights as for `ppo_loss` -> (logprobs, KL's term of the loss if it has one, values), each [b, T]."""
     ids, attention, response, mask = (batch[name] for name in ("ids", "attention", "response", "mask"))
-    if settings.estimator == "exact":
+    charged = settings.penalty != "reward"
+    if charged and settings.estimator == "exact":
         logits, values = policy.response_forward(ids, attention, ids.shape[1] - response.shape[1])
         logprobs, kl_tokens = TokenTerms.apply(logits, response, batch["references"], settings.temperature)
         return logprobs.masked_fill(mask == 0, 0), kl_tokens, values  # filled here, as in `evaluate`
     logprobs, all_logprobs, values = evaluate(policy, ids, attention, response, mask, settings.temperature)
+    if not charged:
+        return logprobs, None, values
     kl_tokens = penalty_kl(logprobs, all_logprobs, batch["references"], weights, rule=settings.rule,
                            estimator=settings.estimator)
     # Tokens come from pi_old. The detached weight pi/pi_old keeps E grad k2 = grad KL(pi||rho).
@@ -560,7 +572,7 @@ def ppo_loss(policy: Policy, batch: dict[str, Tensor], weights: Tensor, beta: fl
     pg_loss, clipfrac = policy_loss(logprobs, batch["logprobs"], batch["advantages"], mask, settings.clip)
     v_loss, value_clipfrac = value_loss(values, batch["values"], batch["returns"], mask, settings.value_clip)
     loss = pg_loss + settings.vf_coef * v_loss
-    if settings.penalty != "reward":
+    if kl_tokens is not None:
         loss = loss + beta / sigma * masked_mean(kl_tokens, mask)
     log_ratio = (logprobs - batch["logprobs"]).detach()
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "clipfrac": clipfrac, "value_clipfrac": value_clipfrac,

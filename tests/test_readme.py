@@ -55,6 +55,28 @@ def test_every_result_stands_in_the_studys_tables():
     assert "| arm |" in README and "| regime |" in README
 
 
+@pytest.mark.parametrize("section, file", [("When an agent is bad", "attacks.md"), ("Speed", "speed-cpu.md")])
+def test_other_results_stand_in_their_files(section, file):
+    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    made = (ROOT / "benchmarks/results" / file).read_text()
+    assert rows
+    for row in rows:
+        assert row in made.splitlines(), row
+    for band in re.findall(r"[+-]\d\.\d\d \[[^]]*\]", text):
+        assert band in made, band
+
+
+def test_the_tables_are_those_of_their_measurements():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import attacks
+    import speed
+    import study
+    results = ROOT / "benchmarks/results"
+    assert attacks.tables(study.load(results / "attacks.csv")) == (results / "attacks.md").read_text()
+    assert speed.tables(json.loads((results / "speed-cpu.json").read_text())) == (results / "speed-cpu.md").read_text()
+
+
 def test_the_tables_are_those_of_the_csv():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import report
