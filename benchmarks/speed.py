@@ -51,7 +51,7 @@ SHAPES = {  # of GPT-NeoX; tiny is tiny/model's, pythia-70m EleutherAI's
                    "vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25},
 }
 BATCHES = {"tiny": (32, 6, 20), "pythia-70m": (16, 24, 32)}  # B, Q, T
-THREADS = {"tiny": 1, "pythia-70m": 2}  # the preset tiny has one; trl is not faster there with two
+THREADS = 2
 EPOCHS = 4  # of one minibatch
 
 
@@ -159,20 +159,20 @@ class Updates:
 
 def prepare(shape: str) -> None:
     """This process as `fedppo.load_world` sets it up."""
-    torch.set_num_threads(THREADS[shape])
+    torch.set_num_threads(THREADS)
     fedppo.keep_memory()
     fedppo.use_onednn(SHAPES[shape]["hidden_size"])
 
 
 def serve(update) -> None:
-    """A worker's life: "ready", then for each line read one update and one line of JSON."""
+    """A worker's life: "ready", and for each line read one update, one line of JSON and "ready" again."""
     print("ready", flush=True)
     for _ in sys.stdin:
         seconds = update()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
-        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak": peak}), "ready", sep="\n", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------- schedule
@@ -183,7 +183,7 @@ def measure(cases: list[Case], repeats: int, trl_python: str) -> list[dict]:
     workers, samples = [], [{"case": dataclasses.asdict(case), "updates": [], "peak": 0.0} for case in cases]
     for case in cases:
         script, python = (HERE / "speed_trl.py", trl_python) if case.trl else (HERE / "speed.py", sys.executable)
-        command = [python, str(script), "--worker", case.spec(), "--threads", str(THREADS[case.shape])]
+        command = [python, str(script), "--worker", case.spec(), "--threads", str(THREADS)]
         workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         stderr=subprocess.DEVNULL))
         answer(workers[-1], "ready")
@@ -192,6 +192,7 @@ def measure(cases: list[Case], repeats: int, trl_python: str) -> list[dict]:
             worker.stdin.write("go\n")
             worker.stdin.flush()
             said = json.loads(answer(worker, '{"seconds"'))
+            answer(worker, "ready")  # trl works on for a while after its update: not into the next one's
             found["peak"] = said["peak"]
             if repeat:
                 found["updates"].append(said["seconds"])
@@ -219,7 +220,7 @@ def rates(dtype: torch.dtype, rows: int, width: int) -> tuple[float, float]:
 
     def best(function) -> float:
         times = []
-        for _ in range(7):
+        for _ in range(50):
             started = time.perf_counter()
             function()
             times.append(time.perf_counter() - started)
@@ -262,8 +263,8 @@ def floor(case: Case) -> dict[str, float]:
 def tables(results: dict) -> str:
     """speed-NAME.md from speed-NAME.json."""
     lines = ["# Speed of one PPO update", "", f"Made by `python benchmarks/speed.py --name {results['name']}` on "
-             f"{results['hardware']}, torch {results['torch']}, {results['threads']['pythia-70m']} threads (tiny: "
-             f"{results['threads']['tiny']}); {results['repeats']} updates of every case, in turns: medians "
+             f"{results['hardware']}, torch {results['torch']}, {results['threads']} threads; "
+             f"{results['repeats']} updates of every case, in turns: medians "
              "[quartiles], in seconds."]
     for group, cases in results["groups"].items():
         rows, first = [], None
@@ -287,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", default="cpu", help="of the files that are written: results/speed-NAME.json, .md")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl-python", default="", help="the Python of an environment that has trl 1.12.0")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)

@@ -36,6 +36,7 @@ class Clock(transformers.TrainerCallback):
         generate, permutation = ppo_trainer.batch_generation, np.random.permutation
 
         def timed(*args):
+            print("ready", flush=True)
             if not sys.stdin.readline():
                 sys.exit(0)
             self.moments = {"start": time.perf_counter()}
@@ -88,7 +89,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         ours = trainer(json.loads(options.worker), folder)
-        print("ready", flush=True)
         ours.train()
 
 
