@@ -71,7 +71,7 @@ class Case:
     def spec(self) -> str:
         """What a worker is told, which in trl's environment cannot import this file."""
         return json.dumps({"case": dataclasses.asdict(self), "config": SHAPES[self.shape],
-                           "batch": BATCHES[self.shape], "epochs": EPOCHS})
+                           "batch": BATCHES[self.shape], "epochs": EPOCHS, "threads": THREADS})
 
 
 def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
@@ -183,7 +183,7 @@ def measure(cases: list[Case], repeats: int, trl_python: str) -> list[dict]:
     workers, samples = [], [{"case": dataclasses.asdict(case), "updates": [], "peak": 0.0} for case in cases]
     for case in cases:
         script, python = (HERE / "speed_trl.py", trl_python) if case.trl else (HERE / "speed.py", sys.executable)
-        command = [python, str(script), "--worker", case.spec(), "--threads", str(THREADS)]
+        command = [python, str(script), "--worker", case.spec()]
         workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         stderr=subprocess.DEVNULL))
         answer(workers[-1], "ready")
@@ -291,7 +291,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl-python", default="", help="the Python of an environment that has trl 1.12.0")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.worker:
         case = Case(**json.loads(options.worker)["case"])

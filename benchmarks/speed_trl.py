@@ -1,6 +1,6 @@
 """One PPO update of trl 1.12.0's PPOTrainer, by phase, for speed.py: runs in trl's own environment.
 
-    python benchmarks/speed_trl.py --worker CASE --threads N        as speed.py calls it
+    python benchmarks/speed_trl.py --worker CASE        as speed.py calls it
 
 The same shape, batch, tokens, epochs and reward model as this project's, fp32, no gradient checkpointing, no logging,
 no sample generations: what trl does at its fastest. Its value model is a second whole model; it has one reference.
@@ -84,11 +84,10 @@ def trainer(spec: dict, folder: str) -> PPOTrainer:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--worker", required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    spec = json.loads(parser.parse_args().worker)
+    torch.set_num_threads(spec["threads"])
     with tempfile.TemporaryDirectory() as folder:
-        ours = trainer(json.loads(options.worker), folder)
+        ours = trainer(spec, folder)
         ours.train()
 
 
