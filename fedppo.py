@@ -55,6 +55,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
+import graphs
 import kl
 import plot
 import ppo_core
@@ -1291,6 +1292,10 @@ def load_world(s: Settings, reason: str) -> World:
     world = World(s)
     if s.device == "cpu":
         use_onednn(world.model.config.hidden_size)
+    if world.device.type == "cuda":
+        prompts = data.pad(list(world.prompt_ids.values())[:s.batch], world.pad_id, "left", world.device)
+        print(graphs.bind(world.initial, *prompts, s.response_length, temperature=s.temperature, eos_id=world.eos_id,
+                          pad_id=world.pad_id))
     print(f"{len(world.pairs)} preference pairs; dropped {world.dropped} rows whose chosen and rejected are the same")
     pooling = ["--mode centralized"] * ("centralized" in s.mode)
     pooling += [f"--reward {s.reward}"] * (s.reward in ("shared", "ensemble"))

@@ -5,7 +5,7 @@ In reading order
     2. the algorithm          gae, policy_loss, value_loss            (pure: tensors and floats in, tensors out)
     3. the policy             Policy: a causal LM, a value head on its trunk, and the mask of ids that are no token
     4. GPT-NeoX               neox_states: its layers without transformers' wrappers, for training and sampling
-    5. sampling               sample_inverse_cdf, decoder, generate
+    5. sampling               sample_inverse_cdf, choose, decoder, generate
     6. one rollout            entropy, evaluate, reference_logprobs, penalty_kl, collect -> Rollout
     7. one update             penalised_rewards, TokenTerms, ppo_loss, optimise
 
@@ -214,11 +214,12 @@ def neox_rotation(trunk: nn.Module, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def neox_states(trunk: nn.Module, tokens: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, kept: slice,
-                cache: Tensor | None = None, start: int = 0) -> Tensor:
+                cache: Tensor | None = None, at: Tensor | None = None) -> Tensor:
     """tokens [B, L] -> last hidden states at the positions `kept`, [B, kept, D]: the last layer makes no others.
 
     cos, sin [B, L, 1, 1, R] at the tokens; bias [B, 1, L, E], E being what they attend to. With a cache
-    [layers, 2, B, heads, longest, head size], keys and values are written there from `start`, and the first E are read.
+    [layers, 2, B, heads, longest, head size], keys and values are written there at the positions `at` [L], and the
+    first E are read.
     """
     heads, turned = trunk.config.num_attention_heads, cos.shape[-1]
     hidden = trunk.embed_in(tokens)
@@ -230,8 +231,9 @@ def neox_states(trunk: nn.Module, tokens: Tensor, cos: Tensor, sin: Tensor, bias
         query, key = torch.cat([rotary, qkv[:, :, :, :2, turned:]], -1).permute(3, 0, 2, 1, 4)
         value = qkv[:, :, :, 2].transpose(1, 2)  # [B, heads, L, head size], as query and key
         if cache is not None:
-            cache[index, 0, :, :, start:bias.shape[-1]], cache[index, 1, :, :, start:bias.shape[-1]] = key, value
-            key, value = cache[index, :, :, :, :bias.shape[-1]]
+            stored = cache[index, :, :, :, :bias.shape[-1]]
+            key, value = (memory.index_copy_(2, at, new.to(memory.dtype))
+                          for memory, new in zip(stored, (key, value), strict=True))
         if index == len(trunk.layers) - 1:
             query, hidden, bias = query[:, :, kept], hidden[:, kept], bias[:, :, kept]
         with torch.autocast(bias.device.type, enabled=False):
@@ -261,6 +263,18 @@ def sample_inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     drawn = torch.minimum(drawn, last_possible).clamp(max=probs.shape[-1] - 1)
     impossible = probs.gather(-1, drawn) == 0
     return torch.where(impossible, probs.argmax(-1, keepdim=True), drawn).squeeze(-1)
+
+
+def choose(logits: Tensor, uniform: Tensor, temperature: float, greedy: bool) -> Tensor:
+    """logits [B, V], uniform [B] in [0, 1) -> the next token of each row, [B]: sampled, or the likeliest."""
+    logits = logits.float()
+    return logits.argmax(-1) if greedy else sample_inverse_cdf((logits / temperature).softmax(-1), uniform)
+
+
+def uniforms(max_new_tokens: int, rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """[T, B] in [0, 1), drawn where the generator is: a seed gives the same ones on every device."""
+    source = torch.device("cpu") if generator is None else generator.device
+    return torch.rand(max_new_tokens, rows, generator=generator, device=source).to(device)
 
 
 def decoder(model: nn.Module, prompt_mask: Tensor, max_new_tokens: int):
@@ -296,17 +310,16 @@ def _neox_decoder(policy: Policy, prompt_mask: Tensor, max_new_tokens: int):
     trunk, config = policy.model.base_model, policy.model.config
     mask = nn.functional.pad(prompt_mask, (0, max_new_tokens), value=1)  # [B, L] of the whole sequence
     cos, sin = neox_rotation(trunk, mask)
-    bias = causal_bias(mask, policy.dtype)
+    bias, positions, end = causal_bias(mask, policy.dtype), torch.arange(mask.shape[1], device=mask.device), 0
     cache = bias.new_zeros(config.num_hidden_layers, 2, len(mask), config.num_attention_heads, mask.shape[1],
                            config.hidden_size // config.num_attention_heads)
-    end = 0
 
     def step(tokens: Tensor) -> Tensor:
         nonlocal end
         now, end = slice(end, end + tokens.shape[1]), end + tokens.shape[1]
         with policy.precision():
             hidden = neox_states(trunk, tokens, cos[:, now], sin[:, now], bias[:, :, now, :end], slice(-1, None), cache,
-                                 now.start)
+                                 positions[now])
             logits = policy.model.get_output_embeddings()(hidden[:, 0])
         return policy.masked(logits.float())
     return step
@@ -325,18 +338,12 @@ def generate(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_
     randomness from the generator whenever its rows end.
     """
     rows = prompt_ids.shape[0]
-    source = torch.device("cpu") if generator is None else generator.device
-    uniforms = torch.rand(max_new_tokens, rows, generator=generator, device=source).to(prompt_ids.device)
     step, tokens = decoder(model, prompt_mask, max_new_tokens), prompt_ids
     alive = torch.ones(rows, dtype=torch.bool, device=prompt_ids.device)
     response, response_mask = [], []
     with model.precision() if isinstance(model, Policy) else contextlib.nullcontext():  # one, so that casts are kept
-        for uniform in uniforms:
-            logits = step(tokens).float()  # [B, V]
-            if greedy:
-                token = logits.argmax(-1)
-            else:
-                token = sample_inverse_cdf((logits / temperature).softmax(-1), uniform)
+        for uniform in uniforms(max_new_tokens, rows, generator, prompt_ids.device):
+            token = choose(step(tokens), uniform, temperature, greedy)
             response.append(torch.where(alive, token, pad_id))
             response_mask.append(alive)
             alive = alive & (token != eos_id)

@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                   this project alone
     python benchmarks/speed.py --trl-python ../trl/bin/python    and trl, in an environment of its own, made by
         python3 -m venv ../trl && ../trl/bin/pip install torch==2.13.0 trl==1.12.0
+    python benchmarks/speed.py --device cuda --name gpu          one GPU, where transformers' generate is measured too
 
 In reading order
     1. cases         what is measured: every case is a process that keeps its models and does one update when asked
@@ -37,6 +38,7 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import fedppo  # noqa: E402
+import graphs  # noqa: E402
 import ppo_core  # noqa: E402
 import report  # noqa: E402
 
@@ -66,6 +68,7 @@ class Case:
     references: int = 1
     rule: str = "geometric"
     device: str = "cpu"
+    sampler: str = "plain"  # or "graphs" (graphs.py), "transformers" (model.generate)
     trl: bool = False
 
     def spec(self) -> str:
@@ -77,16 +80,20 @@ class Case:
 def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
     """What takes turns with what: all cases of a group are in memory together, 15 GB at Pythia's shape."""
     found = {}
+    where = {"device": device, "sampler": "plain" if device == "cpu" else "graphs"}
     for shape in shapes:
-        base = [Case("this project, float32", shape, device=device), Case("this project, bfloat16", shape, "bfloat16",
-                                                                          device=device)]
-        found[f"{shape}, one agent"] = [Case("trl 1.12.0, float32", shape, device=device, trl=True)] * trl + base
+        first = [Case("trl 1.12.0, float32", shape, device=device, trl=True)] * trl
+        if device != "cpu":
+            first += [Case("rollout by transformers' generate, float32", shape, device=device, sampler="transformers"),
+                      Case("this project without CUDA graphs, float32", shape, device=device)]
+        found[f"{shape}, one agent"] = [*first, Case("this project, float32", shape, **where),
+                                        Case("this project, bfloat16", shape, "bfloat16", **where)]
         crowd = (1, 2, 4, 8) if shape == "tiny" else (1, 2, 4)
-        found[f"{shape}, agents"] = [Case(f"{n} agents, {n} references each", shape, agents=n, references=n,
-                                          device=device) for n in crowd]
-        found[f"{shape}, references"] = [Case(f"{k} references, geometric", shape, references=k, device=device)
+        found[f"{shape}, agents"] = [Case(f"{n} agents, {n} references each", shape, agents=n, references=n, **where)
+                                     for n in crowd]
+        found[f"{shape}, references"] = [Case(f"{k} references, geometric", shape, references=k, **where)
                                          for k in (1, 2, 4, 8)]
-        found[f"{shape}, rules"] = [Case(f"4 references, {rule}", shape, references=4, rule=rule, device=device)
+        found[f"{shape}, rules"] = [Case(f"4 references, {rule}", shape, references=4, rule=rule, **where)
                                     for rule in ("geometric", "arithmetic", "sum")]
     return found
 
@@ -98,6 +105,13 @@ def new_model(shape: str, device: str):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     torch.manual_seed(0)
     return GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPES[shape])).to(device)
+
+
+def now(device: str) -> float:
+    """Seconds, when the device has done what it was told."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Updates:
@@ -122,39 +136,52 @@ class Updates:
         self.reward = data.RewardModel(model, "last", torch.Generator().manual_seed(0)).requires_grad_(False)
         self.stream = torch.Generator().manual_seed(0)
         self.prompts = torch.randint(2, model.config.vocab_size, (rows, prompt), generator=self.stream).to(case.device)
+        self.generate = by_transformers if case.sampler == "transformers" else ppo_core.generate
+        if case.sampler == "graphs":
+            said = graphs.bind(self.policies[0], self.prompts, torch.ones_like(self.prompts), response, temperature=1.0,
+                               eos_id=0, pad_id=1)
+            if ppo_core.generate is not graphs.generate:
+                raise RuntimeError(said)
+            self.generate = graphs.generate
 
     def score(self, prompt, prompt_mask, response, mask):
         return self.reward(torch.cat([prompt, response], 1), torch.cat([prompt_mask, mask], 1))
 
-    def now(self) -> float:
-        if self.case.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def once(self) -> dict[str, float]:
         """One update of every agent -> seconds by phase."""
-        seconds, generate = dict.fromkeys(PHASES, 0.0), ppo_core.generate
+        seconds, before = dict.fromkeys(PHASES, 0.0), ppo_core.generate
 
         def timed(*args, **kwargs):
-            started = self.now()
-            result = generate(*args, **kwargs)
-            seconds["rollout"] += self.now() - started
+            started = now(self.case.device)
+            result = self.generate(*args, **kwargs)
+            seconds["rollout"] += now(self.case.device) - started
             return result
         ppo_core.generate = timed
         try:
             for policy, optimizer in zip(self.policies, self.optimizers, strict=True):
-                started = self.now()
+                started = now(self.case.device)
                 rollout = ppo_core.collect(policy, self.references, self.weights, self.references[0], self.score,
                                            self.prompts, torch.ones_like(self.prompts), self.settings, eos_id=0,
                                            pad_id=1, generator=self.stream)
-                collected = self.now()
+                collected = now(self.case.device)
                 ppo_core.optimise(policy, optimizer, rollout, self.weights, 0.05, self.settings, self.stream)
                 seconds["scoring"] += collected - started
-                seconds["optimisation"] += self.now() - collected
+                seconds["optimisation"] += now(self.case.device) - collected
         finally:
-            ppo_core.generate = generate
+            ppo_core.generate = before
         seconds["scoring"] -= seconds["rollout"]
         return seconds
+
+
+def by_transformers(policy: ppo_core.Policy, prompt_ids, prompt_mask, max_new_tokens: int, *, temperature: float,
+                    eos_id: int, pad_id: int, generator):
+    """ppo_core.generate by transformers' own, whose random numbers are the device's."""
+    ids = policy.model.generate(
+        input_ids=prompt_ids, attention_mask=prompt_mask, max_new_tokens=max_new_tokens, do_sample=True, top_k=0,
+        temperature=temperature, eos_token_id=eos_id, pad_token_id=pad_id,
+        suppress_tokens=policy.forbidden_ids.tolist())
+    response = ids[:, prompt_ids.shape[1]:]
+    return response, torch.ones_like(response)  # EOS is a forbidden id here, so that no row ends
 
 
 def prepare(shape: str) -> None:
@@ -213,17 +240,17 @@ def answer(worker: subprocess.Popen, start: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- floor
 
 
-def rates(dtype: torch.dtype, rows: int, width: int) -> tuple[float, float]:
+def rates(dtype: torch.dtype, rows: int, width: int, device: str) -> tuple[float, float]:
     """Measured here and now: operations per second of a matrix product of the model's own size, bytes per second."""
-    a, b = torch.randn(rows, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
-    big, copy = torch.randn(2, 64 * 2**20 // 4)
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, 4 * width)))
+    big, copy = torch.randn(2, 64 * 2**20 // 4, device=device)
 
     def best(function) -> float:
         times = []
         for _ in range(50):
-            started = time.perf_counter()
+            started = now(device)
             function()
-            times.append(time.perf_counter() - started)
+            times.append(now(device) - started)
         return min(times)
     repeats = max(1, int(2e9 / (8 * rows * width**2)))
     product = best(lambda: [a @ b for _ in range(repeats)]) / repeats
@@ -242,10 +269,11 @@ def floor(case: Case) -> dict[str, float]:
     shape = SHAPES[case.shape]
     layer, layers = 12 * shape["hidden_size"] ** 2, shape["num_hidden_layers"]  # weights
     head = shape["hidden_size"] * shape["vocab_size"]
-    speed, bandwidth = rates(getattr(torch, case.dtype), rows * (prompt + response), shape["hidden_size"])
-    step_speed, _ = rates(getattr(torch, case.dtype), rows, shape["hidden_size"])
+    speed, bandwidth = rates(getattr(torch, case.dtype), rows * (prompt + response), shape["hidden_size"],
+                             case.device)
+    step_speed, _ = rates(getattr(torch, case.dtype), rows, shape["hidden_size"], case.device)
     reward = 2 * layer * layers * rows * (prompt + response) / rates(
-        torch.float32, rows * (prompt + response), shape["hidden_size"])[0]
+        torch.float32, rows * (prompt + response), shape["hidden_size"], case.device)[0]
     trunk = 2 * rows * layer * ((layers - 1) * (prompt + response) + response + prompt / 6)  # operations
     forward = (trunk + 2 * head * rows * response) / speed
     weights = (layer * layers + head) * (2 if case.dtype == "bfloat16" else 4)  # bytes
@@ -272,14 +300,16 @@ def tables(results: dict) -> str:
             totals = [sum(update.values()) for update in case["updates"]]
             low, middle, high = statistics.quantiles(totals, n=4)
             first = first or middle
+            rollout = statistics.median(update["rollout"] for update in case["updates"])
             tokens = case["case"]["agents"] * BATCHES[case["case"]["shape"]][0] * BATCHES[case["case"]["shape"]][2]
             rows.append([case["case"]["name"], f"{middle:.3g} [{low:.3g}, {high:.3g}]",
                          *(f"{statistics.median(update[name] for update in case['updates']):.3g}" for name in PHASES),
                          f"{first / middle:.2f}", f"{middle / sum(case['floor'].values()):.1f}",
+                         f"{rollout / case['floor']['rollout']:.1f}",
                          f"{tokens / middle:.0f}", f"{case['peak']:.0f}"])
         lines += ["", f"## {group}", "", *report.table(
             "case | one update | rollout | scoring | optimisation | times as fast as the first line | "
-            "times the floor | response tokens per second | peak memory, MiB", rows)]
+            "times the floor | rollout alone | response tokens per second | peak memory, MiB", rows)]
     return "\n".join(lines) + "\n"
 
 

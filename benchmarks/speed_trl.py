@@ -25,6 +25,13 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceCl
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E402
 
 
+def now() -> float:
+    """Seconds, when the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(transformers.TrainerCallback):
     """Waits for a line before every update and prints its seconds after it, by phase.
 
@@ -39,21 +46,23 @@ class Clock(transformers.TrainerCallback):
             print("ready", flush=True)
             if not sys.stdin.readline():
                 sys.exit(0)
-            self.moments = {"start": time.perf_counter()}
+            self.moments = {"start": now()}
             result = generate(*args)
-            self.moments["rollout"] = time.perf_counter()
+            self.moments["rollout"] = now()
             return result
 
         def marked(*args):
-            self.moments.setdefault("scoring", time.perf_counter())
+            self.moments.setdefault("scoring", now())
             return permutation(*args)
         ppo_trainer.batch_generation, np.random.permutation = timed, marked
 
     def on_step_end(self, args, state, control, **kwargs):
-        at = self.moments | {"optimisation": time.perf_counter()}
+        at = self.moments | {"optimisation": now()}
         names = ("start", "rollout", "scoring", "optimisation")
         seconds = {name: at[name] - at[before] for before, name in zip(names, names[1:], strict=False)}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 2**20
         print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
 
 

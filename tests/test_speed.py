@@ -12,6 +12,8 @@ import fedppo
 
 sys.path.insert(0, str(Path(fedppo.__file__).parent / "benchmarks"))
 
+import graphs  # noqa: E402
+import ppo_core  # noqa: E402
 import speed  # noqa: E402
 
 
@@ -37,6 +39,26 @@ def test_an_update_has_full_responses_and_moves_every_policy():
     assert lengths == 2 * [2 * [(rows, prompt)] + 2 * [(rows, response)]]
 
 
+@pytest.mark.parametrize("sampler", ["graphs", "transformers"])
+def test_every_sampler_draws_the_same_kind_of_rollout(sampler, monkeypatch):
+    monkeypatch.setattr(ppo_core, "generate", graphs.plain)
+    updates = speed.Updates(speed.Case("x", "tiny", sampler=sampler))
+    seen = []
+    updates.score = lambda *batch: seen.append(batch) or torch.zeros(len(batch[0]))
+    updates.once()
+    prompt, _, response, mask = seen[0]
+    assert torch.equal(prompt, updates.prompts) and prompt.shape[0] == response.shape[0] == len(mask)
+    assert response.shape[1] == speed.BATCHES["tiny"][2] and mask.all() and response.min() > 1
+    assert (updates.policies[0] in graphs.SAMPLERS) == (sampler == "graphs")
+
+
+def test_a_gpu_has_cases_of_its_own():
+    cpu, gpu = (speed.groups(["tiny"], device, False) for device in ("cpu", "cuda"))
+    assert {case.sampler for cases in cpu.values() for case in cases} == {"plain"}
+    assert [case.sampler for case in gpu["tiny, one agent"]] == ["transformers", "plain", "graphs", "graphs"]
+    assert {case.device for cases in gpu.values() for case in cases} == {"cuda"}
+
+
 def test_the_floor_counts_operations_and_bytes(monkeypatch):
     """By hand at 1 operation and 10 bytes a second; counted on a real module for the weights of the trunk."""
     monkeypatch.setattr(speed, "rates", lambda *args: (1.0, 10.0))
@@ -58,9 +80,9 @@ def test_the_table_is_of_medians():
     case = dataclasses.asdict(speed.Case("one", "tiny"))
     updates = [{"rollout": r, "scoring": 1.0, "optimisation": 2.0} for r in (1.0, 2.0, 9.0)]
     faster = [{name: value / 2 for name, value in update.items()} for update in updates]
-    cases = [{"case": case, "updates": updates, "peak": 10.0, "floor": {"a": 0.5, "b": 0.5}},
-             {"case": case | {"name": "two"}, "updates": faster, "peak": 20.0, "floor": {"a": 1.0}}]
+    cases = [{"case": case, "updates": updates, "peak": 10.0, "floor": {"rollout": 0.5, "b": 0.5}},
+             {"case": case | {"name": "two"}, "updates": faster, "peak": 20.0, "floor": {"rollout": 1.0}}]
     text = speed.tables({"name": "x", "hardware": "here", "threads": speed.THREADS, "torch": "2", "repeats": 3,
                          "groups": {"g": cases}})
-    assert "| one | 5 [4, 12] | 2 | 1 | 2 | 1.00 | 5.0 | 128 | 10 |" in text
-    assert "| two | 2.5 [2, 6] | 1 | 0.5 | 1 | 2.00 | 2.5 | 256 | 20 |" in text
+    assert "| one | 5 [4, 12] | 2 | 1 | 2 | 1.00 | 5.0 | 4.0 | 128 | 10 |" in text
+    assert "| two | 2.5 [2, 6] | 1 | 0.5 | 1 | 2.00 | 2.5 | 1.0 | 256 | 20 |" in text
