@@ -821,9 +821,12 @@ def end_if_all_diverged(agents: list[Agent]) -> None:
 def restore(agents: list[Agent], frozen: list[ppo_core.Policy], task: Task, saved: dict) -> None:
     """Bring agents and references back to where a checkpoint was made. Raises UserError."""
     same = saved["probe"].shape == task.probe.shape and torch.allclose(saved["probe"], task.probe, atol=1e-2)
-    if not same and saved["device"] == agents[0].settings.device:  # on another one the samples themselves may differ
+    if not same and saved["device"] == agents[0].settings.device:
         raise UserError("the reward models fitted now differ from those that the run was started with: continue it on "
                         "the data, version and machine that it was started on")
+    if not same:  # rounding can make another sample, and so another probe: no proof that the models differ
+        tqdm.write(f"warning: reward models fitted on {agents[0].settings.device} give other scores than those fitted "
+                   f"on {saved['device']}, with which the run was started")
     for agent, state in zip(agents, saved["agents"], strict=True):
         agent.load_state_dict(state)
     for policy, state in zip(frozen, saved["frozen"], strict=False):  # none at the end of a round
@@ -1358,9 +1361,12 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_after_an_update(run: Run):
-    """The first SIGINT (Ctrl-C) or SIGTERM lets the update in hand end and be saved; a second one stops at once."""
+    """The first SIGINT (Ctrl-C) or SIGTERM lets the update in hand end and be saved; a second one stops at once.
+
+    So does the first one before anything is trained.
+    """
     def ask(number: int, frame) -> None:
-        if run.stop:
+        if run.stop or not run.rows:
             raise KeyboardInterrupt(number)
         run.stop = number
         os.write(2, b"\nstopping after this update (again: at once)\n")  # print may be what was interrupted

@@ -210,6 +210,14 @@ def test_a_run_that_goes_on_is_not_resumed_a_second_time(stopped_in, capfd):
     assert fedppo.main(["--resume", str(folder)]) == 0
 
 
+def test_a_stop_while_reward_models_are_fitted_does_not_wait_for_them(tmp_path, monkeypatch, capfd):
+    calls = []
+    monkeypatch.setattr(fedppo.data, "fit_reward_model", lambda *args, **kw: (
+        calls.append(args), signal.raise_signal(signal.SIGTERM), calls.append(args)))
+    assert fedppo.main([*FLAGS, "--out", str(tmp_path), "--name", "run"]) == 143
+    assert len(calls) == 1 and "starts over" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_stop_before_the_first_update_trains_none(tmp_path, monkeypatch, capfd, unstopped):
     report = fedppo.report
@@ -305,6 +313,17 @@ def test_reward_models_that_are_not_the_runs_own_are_noticed(stopped_in, monkeyp
     assert fedppo.main(["--resume", str(folder)]) == 2
     assert "reward models" in capfd.readouterr().err
     assert sorted(folder.glob("checkpoint-*.safetensors")), "nothing is lost"
+
+
+@pytest.mark.slow
+def test_other_reward_models_on_another_device_are_a_warning(stopped_in, monkeypatch, capfd):
+    """There rounding alone can make other samples, and the probe's scores are of those."""
+    folder = stopped_in(3, signal.SIGTERM)
+    fit, read = fedppo.data.fit_reward_model, fedppo.read_state
+    monkeypatch.setattr(fedppo.data, "fit_reward_model", lambda *args, **kw: fit(*args, **kw | {"lr": 5e-3}))
+    monkeypatch.setattr(fedppo, "read_state", lambda path: read(path) | {"device": "cuda"})
+    assert fedppo.main(["--resume", str(folder)]) == 0
+    assert "fitted on cpu give other scores than those fitted on cuda" in "".join(capfd.readouterr())
 
 
 @pytest.mark.slow
