@@ -8,9 +8,10 @@
 In reading order
     1. cases         what is measured: every case is a process that keeps its models and does one update when asked
     2. worker        this project's update; trl's is in speed_trl.py
-    3. schedule      the cases of a group take turns, so that what disturbs the machine disturbs all of them
-    4. floor         the operations and bytes that an update needs, at the rates measured in the same run
-    5. main          benchmarks/results/speed-NAME.json and .md
+    3. main job      where the seconds of `python fedppo.py` go
+    4. schedule      the cases of a group take turns, so that what disturbs the machine disturbs all of them
+    5. floor         the operations and bytes that an update needs, at the rates measured in the same run
+    6. main          benchmarks/results/speed-NAME.json and .md
 
 Models have random weights and every response its full length: an update's time depends on neither.
 
@@ -18,6 +19,7 @@ Dimension key: B rows, Q prompt tokens, T response tokens, N agents, K reference
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,6 +28,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import fedppo  # noqa: E402
 import graphs  # noqa: E402
+import plot  # noqa: E402
 import ppo_core  # noqa: E402
 import report  # noqa: E402
 
@@ -202,6 +206,55 @@ def serve(update) -> None:
         print(json.dumps({"seconds": seconds, "peak": peak}), "ready", sep="\n", flush=True)
 
 
+# -------------------------------------------------------------------------------------------------------- main job
+
+PARTS = {  # of the main job -> the functions whose seconds they are; what these call for another part counts there
+    "rollouts": [(ppo_core, "generate")], "scoring": [(ppo_core, "collect")],
+    "optimisation": [(ppo_core, "optimise")], "reward models": [(fedppo, "fit_reward")],
+    "judging": [(fedppo, "judge_agent")], "exchange and files": [(fedppo, "exchange"), (fedppo.Run, "checkpoint")],
+    "picture": [(plot, "draw")]}
+
+
+def main_job(folder: str) -> dict[str, float]:
+    """Seconds by part of the README's main job, in this process; "loading and rest" has Python's imports too."""
+    seconds, inside = dict.fromkeys(PARTS, 0.0), ["loading and rest"]
+
+    def timed(part: str, function):
+        def call(*args, **kwargs):
+            nested = "judging" in inside or "reward models" in inside or inside[-1] == part
+            if nested or (part == "rollouts" and inside[-1] != "scoring"):  # other sampling belongs to its caller
+                return function(*args, **kwargs)
+            started, before = time.perf_counter(), sum(seconds.values())
+            inside.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside.pop()
+                seconds[part] += time.perf_counter() - started - (sum(seconds.values()) - before)
+        return call
+    for part, functions in PARTS.items():
+        for owner, name in functions:
+            setattr(owner, name, timed(part, getattr(owner, name)))
+    with contextlib.redirect_stdout(sys.stderr):
+        if fedppo.main(["--agents", "4", "--mode", "federated", "--preset", "tiny", "--device", "cpu",
+                        "--out", folder]):
+            raise RuntimeError("the main job failed")
+    return seconds
+
+
+def measure_main_job(repeats: int) -> list[dict[str, float]]:
+    """Each time in a process of its own, from its start to its end."""
+    found = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            done = subprocess.run([sys.executable, __file__, "--main-job", folder], capture_output=True, text=True,
+                                  check=True)
+            seconds = json.loads(done.stdout)
+            found.append(seconds | {"loading and rest": time.perf_counter() - started - sum(seconds.values())})
+    return found
+
+
 # -------------------------------------------------------------------------------------------------------- schedule
 
 
@@ -257,8 +310,10 @@ def rates(dtype: torch.dtype, rows: int, width: int, device: str) -> tuple[float
     return 2 * rows * width * 4 * width / product, 2 * big.nbytes / best(lambda: copy.copy_(big))
 
 
-def floor(case: Case) -> dict[str, float]:
+def floor(case: Case, passes: int = EPOCHS, steps: int = EPOCHS) -> dict[str, float]:
     """Seconds that one agent's update cannot be faster than, if every operation ran at the measured rates.
+
+    passes: over the rollout;  steps: of Adam.
 
     Products alone are counted, 2 operations per weight and token: of the trunk at all positions but the last layer,
     which needs keys and values there and the rest at the T states, and of the head at these; attention and everything
@@ -281,7 +336,7 @@ def floor(case: Case) -> dict[str, float]:
     adam = 7 * (layer * layers + 2 * head) * 4 / bandwidth
     seconds = {"rollout": 2 * rows * layer * (layers - 1 + 1 / 6) * prompt / speed + response * step,
                "scoring": (1 + case.references) * forward + reward,
-               "optimisation": EPOCHS * (3 * forward + adam)}
+               "optimisation": passes * 3 * forward + steps * adam}
     return {name: value * case.agents for name, value in seconds.items()}
 
 
@@ -310,7 +365,29 @@ def tables(results: dict) -> str:
         lines += ["", f"## {group}", "", *report.table(
             "case | one update | rollout | scoring | optimisation | times as fast as the first line | "
             "times the floor | rollout alone | response tokens per second | peak memory, MiB", rows)]
+    if job := results.get("main job"):
+        total = sum(part["seconds"] for part in job.values())
+        rows = [[name, f"{part['seconds']:.1f}", f"{part['seconds'] / total:.0%}",
+                 f"{part['floor']:.1f}" if part["floor"] else "–"] for name, part in job.items()]
+        lines += ["", "## main job", "", f"`python fedppo.py --agents 4 --mode federated`, {total:.0f} s with one "
+                  "thread, by part:", "", *report.table("part | seconds | share | floor", rows)]
     return "\n".join(lines) + "\n"
+
+
+def main_job_by_part(repeats: int) -> dict[str, dict]:
+    """Medians, in order of size, beside the floor of 160 updates with the main job's passes, steps and references."""
+    found = measure_main_job(repeats)
+    torch.set_num_threads(1)
+    updates = floor(Case("", "tiny", references=5), passes=2, steps=4)  # four policies and the initial one
+    floors = {part: 160 * updates.get("rollout" if part == "rollouts" else part, 0) for part in found[0]}
+    parts = {part: {"seconds": statistics.median(seconds[part] for seconds in found), "floor": floors[part]}
+             for part in found[0]}
+    return dict(sorted(parts.items(), key=lambda part: -part[1]["seconds"]))
+
+
+def save(results: dict, path: Path) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(tables(results))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -321,7 +398,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl-python", default="", help="the Python of an environment that has trl 1.12.0")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--main-job", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.main_job:
+        print(json.dumps(main_job(options.main_job)))
+        return 0
     if options.worker:
         case = Case(**json.loads(options.worker)["case"])
         prepare(case.shape)
@@ -329,14 +410,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     results = {"name": options.name, "threads": THREADS, "repeats": options.repeats, "torch": torch.__version__,
                "hardware": torch.cuda.get_device_name() if options.device != "cpu" else f"{os.cpu_count()} cores "
-               f"({platform.machine()})", "groups": {}}
+               f"({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})", "groups": {}}
+    path = HERE / "results" / f"speed-{options.name}.json"
     for group, cases in groups(options.shapes, options.device, bool(options.trl_python)).items():
         measured = measure(cases, options.repeats, options.trl_python)
         prepare(cases[0].shape)
         results["groups"][group] = [found | {"floor": floor(case)} for found, case in zip(measured, cases, strict=True)]
-        path = HERE / "results" / f"speed-{options.name}.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        path.with_suffix(".md").write_text(tables(results))
+        save(results, path)
+    if options.device == "cpu" and "tiny" in options.shapes:
+        results["main job"] = main_job_by_part(options.repeats)
+        save(results, path)
     print(tables(results))
     return 0
 

@@ -86,3 +86,33 @@ def test_the_table_is_of_medians():
                          "groups": {"g": cases}})
     assert "| one | 5 [4, 12] | 2 | 1 | 2 | 1.00 | 5.0 | 4.0 | 128 | 10 |" in text
     assert "| two | 2.5 [2, 6] | 1 | 0.5 | 1 | 2.00 | 2.5 | 1.0 | 256 | 20 |" in text
+
+
+def test_the_parts_of_the_main_job_are_disjoint_and_what_they_say(tmp_path, monkeypatch):
+    """With every phase made to take a known time on a clock of our own: each second is counted once."""
+    clock = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds, *then):
+        def call(*args, **kwargs):
+            clock[0] += seconds
+            for owner, name in then:
+                getattr(owner, name)()
+        return call
+
+    def main(argv):
+        for owner, name in ((fedppo, "fit_reward"), (ppo_core, "generate"), (ppo_core, "collect"),
+                            (ppo_core, "optimise"), (fedppo, "judge_agent")):
+            getattr(owner, name)()
+        return 0
+    monkeypatch.setattr(ppo_core, "generate", takes(1))
+    monkeypatch.setattr(ppo_core, "collect", takes(10, (ppo_core, "generate")))
+    monkeypatch.setattr(ppo_core, "optimise", takes(100))
+    monkeypatch.setattr(fedppo, "judge_agent", takes(1000, (ppo_core, "generate")))
+    monkeypatch.setattr(fedppo, "fit_reward", takes(10_000))
+    monkeypatch.setattr(fedppo, "exchange", takes(0))
+    monkeypatch.setattr(fedppo.Run, "checkpoint", takes(0))
+    monkeypatch.setattr(speed.plot, "draw", takes(0))
+    monkeypatch.setattr(fedppo, "main", main)
+    assert speed.main_job(str(tmp_path)) == {"rollouts": 1, "scoring": 10, "optimisation": 100, "judging": 1001,
+                                             "reward models": 10_000, "exchange and files": 0, "picture": 0}
