@@ -157,7 +157,7 @@ class Settings:
     temperature: float = setting(1.0, "of sampler, policy and references alike", pythia=0.7, group="PPO")
     epochs: int = setting(2, "passes over a rollout (1707.06347)", pythia=4, group="PPO")
     minibatches: int = setting(2, "gradient steps per pass", pythia=1, group="PPO")
-    micro_batch: int = setting(32, "most rows in one forward; memory only, results to rounding", pythia=16, group="PPO")
+    micro_batch: int = setting(32, "most rows in one forward; memory only, results to rounding", pythia=8, group="PPO")
     lr: float = setting(5e-4, "Adam learning rate (eps 1e-5, betas 0.9, 0.99)", pythia=1e-5, group="PPO")
     lr_schedule: str = setting("constant", "of the learning rate over the whole run", pythia="linear", group="PPO",
                                choices=("constant", "linear"))

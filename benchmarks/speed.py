@@ -57,6 +57,7 @@ SHAPES = {  # of GPT-NeoX; tiny is tiny/model's, pythia-70m EleutherAI's
                    "vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25},
 }
 BATCHES = {"tiny": (32, 6, 20), "pythia-70m": (16, 24, 32)}  # B, Q, T
+MICRO_BATCH = {preset: fedppo.parse(["--preset", preset])[0].micro_batch for preset in SHAPES}
 THREADS = 2
 EPOCHS = 4  # of one minibatch
 
@@ -79,6 +80,9 @@ class Case:
         """What a worker is told, which in trl's environment cannot import this file."""
         return json.dumps({"case": dataclasses.asdict(self), "config": SHAPES[self.shape],
                            "batch": BATCHES[self.shape], "epochs": EPOCHS, "threads": THREADS})
+
+
+GROUPS = ("one agent", "agents", "references", "rules", "main job")
 
 
 def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
@@ -125,8 +129,8 @@ class Updates:
         self.case = case
         rows, prompt, response = BATCHES[case.shape]
         self.settings = dataclasses.replace(
-            fedppo.Settings(), batch=rows, micro_batch=rows, epochs=EPOCHS, minibatches=1, response_length=response,
-            rule=case.rule, estimator="exact", lr=1e-5, device=case.device, dtype=case.dtype)
+            fedppo.Settings(), batch=rows, micro_batch=MICRO_BATCH[case.shape], epochs=EPOCHS, minibatches=1,
+            response_length=response, rule=case.rule, estimator="exact", lr=1e-5, device=case.device, dtype=case.dtype)
         model = new_model(case.shape, case.device)
         forbidden = torch.zeros(model.config.vocab_size, dtype=torch.bool)
         forbidden[:2] = True  # EOS and pad: no response ends
@@ -394,6 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="cpu", help="of the files that are written: results/speed-NAME.json, .md")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl-python", default="", help="the Python of an environment that has trl 1.12.0")
@@ -413,11 +418,13 @@ def main(argv: list[str] | None = None) -> int:
                f"({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})", "groups": {}}
     path = HERE / "results" / f"speed-{options.name}.json"
     for group, cases in groups(options.shapes, options.device, bool(options.trl_python)).items():
+        if group.split(", ")[1] not in options.groups:
+            continue
         measured = measure(cases, options.repeats, options.trl_python)
         prepare(cases[0].shape)
         results["groups"][group] = [found | {"floor": floor(case)} for found, case in zip(measured, cases, strict=True)]
         save(results, path)
-    if options.device == "cpu" and "tiny" in options.shapes:
+    if options.device == "cpu" and "main job" in options.groups:
         results["main job"] = main_job_by_part(options.repeats)
         save(results, path)
     print(tables(results))
