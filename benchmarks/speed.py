@@ -192,11 +192,12 @@ def by_transformers(policy: ppo_core.Policy, prompt_ids, prompt_mask, max_new_to
     return response, torch.ones_like(response)  # EOS is a forbidden id here, so that no row ends
 
 
-def prepare(shape: str) -> None:
+def prepare(case: Case) -> None:
     """This process as `fedppo.load_world` sets it up."""
     torch.set_num_threads(THREADS)
     fedppo.keep_memory()
-    fedppo.use_onednn(SHAPES[shape]["hidden_size"])
+    if case.device == "cpu":
+        fedppo.use_onednn(SHAPES[case.shape]["hidden_size"])
 
 
 def serve(update) -> None:
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if options.worker:
         case = Case(**json.loads(options.worker)["case"])
-        prepare(case.shape)
+        prepare(case)
         serve(Updates(case).once)
         return 0
     results = {"name": options.name, "threads": THREADS, "repeats": options.repeats, "torch": torch.__version__,
@@ -421,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
         if group.split(", ")[1] not in options.groups:
             continue
         measured = measure(cases, options.repeats, options.trl_python)
-        prepare(cases[0].shape)
+        prepare(cases[0])
         results["groups"][group] = [found | {"floor": floor(case)} for found, case in zip(measured, cases, strict=True)]
         save(results, path)
     if options.device == "cpu" and "main job" in options.groups:
