@@ -21,10 +21,12 @@ Dimension key: B rows, Q prompt tokens, T response tokens, N agents, K reference
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -146,11 +148,7 @@ class Updates:
         self.prompts = torch.randint(2, model.config.vocab_size, (rows, prompt), generator=self.stream).to(case.device)
         self.generate = by_transformers if case.sampler == "transformers" else ppo_core.generate
         if case.sampler == "graphs":
-            said = graphs.bind(self.policies[0], self.prompts, torch.ones_like(self.prompts), response, temperature=1.0,
-                               eos_id=0, pad_id=1)
-            if ppo_core.generate is not graphs.generate:
-                raise RuntimeError(said)
-            self.generate = graphs.generate
+            self.generate = graphs.generate  # not by `bind`, which would measure the plain one where this fails
 
     def score(self, prompt, prompt_mask, response, mask):
         return self.reward(torch.cat([prompt, response], 1), torch.cat([prompt_mask, mask], 1))
@@ -206,7 +204,7 @@ def serve(update) -> None:
     for _ in sys.stdin:
         seconds = update()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             peak = torch.cuda.max_memory_allocated() / 2**20
         print(json.dumps({"seconds": seconds, "peak": peak}), "ready", sep="\n", flush=True)
 
@@ -298,6 +296,7 @@ def answer(worker: subprocess.Popen, start: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- floor
 
 
+@functools.cache
 def rates(dtype: torch.dtype, rows: int, width: int, device: str) -> tuple[float, float]:
     """Measured here and now: operations per second of a matrix product of the model's own size, bytes per second."""
     a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (width, 4 * width)))
@@ -350,10 +349,11 @@ def floor(case: Case, passes: int = EPOCHS, steps: int = EPOCHS) -> dict[str, fl
 
 def tables(results: dict) -> str:
     """speed-NAME.md from speed-NAME.json."""
-    lines = ["# Speed of one PPO update", "", f"Made by `python benchmarks/speed.py --name {results['name']}` on "
+    lines = ["# Speed of one PPO update", "", f"Made by `python benchmarks/speed.py {results['arguments']}` on "
              f"{results['hardware']}, torch {results['torch']}, {results['threads']} threads; "
              f"{results['repeats']} updates of every case, in turns: medians "
-             "[quartiles], in seconds."]
+             f"[quartiles], in seconds; at Pythia's shape this project has micro-batches of {results['micro_batch']} "
+             "rows."]
     for group, cases in results["groups"].items():
         rows, first = [], None
         for case in cases:
@@ -399,7 +399,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="cpu", help="of the files that are written: results/speed-NAME.json, .md")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS,
+                        help="of cases; some alone want a --name of their own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl-python", default="", help="the Python of an environment that has trl 1.12.0")
@@ -414,7 +415,9 @@ def main(argv: list[str] | None = None) -> int:
         prepare(case)
         serve(Updates(case).once)
         return 0
-    results = {"name": options.name, "threads": THREADS, "repeats": options.repeats, "torch": torch.__version__,
+    results = {"arguments": shlex.join(sys.argv[1:] if argv is None else argv),
+               "micro_batch": MICRO_BATCH["pythia-70m"], "name": options.name,
+               "threads": THREADS, "repeats": options.repeats, "torch": torch.__version__,
                "hardware": torch.cuda.get_device_name() if options.device != "cpu" else f"{os.cpu_count()} cores "
                f"({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})", "groups": {}}
     path = HERE / "results" / f"speed-{options.name}.json"

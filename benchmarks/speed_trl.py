@@ -61,7 +61,7 @@ class Clock(transformers.TrainerCallback):
         names = ("start", "rollout", "scoring", "optimisation")
         seconds = {name: at[name] - at[before] for before, name in zip(names, names[1:], strict=False)}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             peak = torch.cuda.max_memory_allocated() / 2**20
         print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
 

@@ -162,6 +162,29 @@ def test_bind_puts_it_in_place_of_the_plain_sampler(toy_policy, unbound):
     assert ppo_core.generate is graphs.generate
 
 
+def test_a_graph_that_cannot_be_made_later_leaves_the_plain_sampler(toy_policy, unbound, monkeypatch, capsys):
+    bind(toy_policy())
+    monkeypatch.setattr(graphs, "Sampler", lambda *args: (_ for _ in ()).throw(RuntimeError("out of\nmemory")))
+    assert_same(both(toy_policy(), PROMPTS, 9))
+    assert ppo_core.generate is graphs.plain and "from here on: out of memory" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="memory"):
+        graphs.generate(toy_policy(), *data.pad(PROMPTS, PAD, "left"), 9, temperature=1.0, eos_id=EOS, pad_id=PAD)
+
+
+@torch.no_grad()
+def test_a_nan_does_not_outlive_its_call(toy_policy):
+    policy = toy_policy()
+    both(policy, PROMPTS, 20)
+    sampler, = graphs.SAMPLERS[policy].values()
+    sampler.cache.fill_(torch.nan)
+    assert_same(both(policy, PROMPTS, 20))
+
+
+def test_bind_is_not_taken_in_by_a_graph_that_does_nothing(toy_policy, unbound, monkeypatch):
+    monkeypatch.setattr(graphs.Sampler, "advance", lambda self: None)
+    assert "tokens differ" in bind(toy_policy())
+
+
 @pytest.mark.parametrize("damage", ["cache", "error"])
 def test_bind_keeps_the_plain_sampler_where_the_other_fails(toy_policy, unbound, monkeypatch, damage):
     def stale(self):  # keys and values of what was drawn are not kept

@@ -82,7 +82,8 @@ def test_the_table_is_of_medians():
     faster = [{name: value / 2 for name, value in update.items()} for update in updates]
     cases = [{"case": case, "updates": updates, "peak": 10.0, "floor": {"rollout": 0.5, "b": 0.5}},
              {"case": case | {"name": "two"}, "updates": faster, "peak": 20.0, "floor": {"rollout": 1.0}}]
-    text = speed.tables({"name": "x", "hardware": "here", "threads": speed.THREADS, "torch": "2", "repeats": 3,
+    text = speed.tables({"arguments": "--name x", "micro_batch": 8,
+                         "hardware": "here", "threads": speed.THREADS, "torch": "2", "repeats": 3,
                          "groups": {"g": cases}})
     assert "| one | 5 [4, 12] | 2 | 1 | 2 | 1.00 | 5.0 | 4.0 | 128 | 10 |" in text
     assert "| two | 2.5 [2, 6] | 1 | 0.5 | 1 | 2.00 | 2.5 | 1.0 | 256 | 20 |" in text
