@@ -1361,9 +1361,8 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_after_an_update(run: Run):
-    """The first SIGINT (Ctrl-C) or SIGTERM lets the update in hand end and be saved; a second one stops at once.
-
-    So does the first one before anything is trained.
+    """The first SIGINT (Ctrl-C) or SIGTERM lets the update in hand end and be saved; a second one stops at once,
+    and so does the first before anything is trained.
     """
     def ask(number: int, frame) -> None:
         if run.stop or not run.rows:

@@ -138,7 +138,6 @@ class Sampler:
         self.graph = graph
 
 
-
 def cast_products(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     """The model with the parameters of its linear layers in `dtype` -> (it, pairs to copy from right to left).
 
