@@ -4,7 +4,7 @@ In reading order
     1. UserError              a mistake of the user's: one line, exit code 2
     2. preference rows        load_pairs: hub, cache, save_to_disk, parquet and jsonl, into one list of Pair
     3. shards                 make_shards: held-out prompts for the judge, and each agent's own rows
-    4. tokens                 encode_prompt, encode_response, pad
+    4. tokens                 encode_prompts, encode_response, pad
     5. the reward model       RewardModel, fit_reward_model (Bradley-Terry), preference_accuracy
     6. scorers                anything that scores a batch of responses: a RewardModel, FILE.py:function, a directory
     7. models                 online, load_model
@@ -243,9 +243,9 @@ def pool(shards: list[Shard]) -> Shard:
 # ---------------------------------------------------------------------------------------------------------- tokens
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """A prompt's ids, with whatever the tokenizer puts at the beginning of a text."""
-    return tokenizer(prompt)["input_ids"]
+def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Each prompt's ids, with whatever the tokenizer puts at the beginning of a text."""
+    return tokenizer(prompts)["input_ids"] if prompts else []
 
 
 def encode_response(tokenizer, response: str, max_tokens: int, eos: bool) -> list[int]:

@@ -4,12 +4,13 @@
 
 In reading order
     1. Settings               one frozen dataclass: every default, unit and source; the command line is made from it
-    2. the world              load the model and the data; a Task is what one seed's agents own
-    3. Agent                  policy, optimizer, prompts, reward, random streams: all that one participant keeps
-    4. exchange, train        the algorithm box: exchange -> cooperate -> local PPO -> log; who is absent is left out
-    5. preflight              the checks that catch what silently ruins PPO on this model and data
-    6. files                  what a run leaves behind
-    7. main                   command line to exit code
+    2. processes              side_by_side: independent jobs in forked copies of this process
+    3. the world              load the model and the data; a Task is what one seed's agents own
+    4. Agent                  policy, optimizer, prompts, reward, random streams: all that one participant keeps
+    5. exchange, train        the algorithm box: exchange -> cooperate -> local PPO -> log; who is absent is left out
+    6. preflight              the checks that catch what silently ruins PPO on this model and data
+    7. files                  what a run leaves behind
+    8. main                   command line to exit code
 
 One round: every agent freezes a copy of its policy and sends it; agent i combines what it received with row i of the
 communication matrix W into a cooperative reference; then it does local PPO with beta KL(policy || reference).
@@ -17,7 +18,7 @@ communication matrix W into a cooperative reference; then it does local PPO with
 Dimension key: N agents, K references, B batch, Q prompt tokens, T response tokens, V vocabulary.
 
 Departures from the papers
-    D1  This is a simulation in one process: what a federation learns, not that it is secure. A policy can leak what it
+    D1  This is a simulation on one machine: what a federation learns, not that it is secure. A policy can leak what it
         has memorised.
     D2  `fedavg` averages policies only (1602.05629 averages the learner): value heads and Adam moments stay local.
     D3  `centralized` is one agent with N times the batch and the same number of updates, so the same total episodes.
@@ -31,10 +32,14 @@ import copy
 import ctypes
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
+import mmap
+import multiprocessing.connection
 import os
+import pickle
 import platform
 import random
 import re
@@ -46,6 +51,7 @@ import sys
 import threading
 import time
 import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +108,9 @@ class Settings:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu", group="run")
     threads: int = setting(1, "CPU threads of torch; 0: torch decides. One is best for a tiny model; results are equal "
                            "to the bit only for equal numbers", pythia=0, group="run")
+    workers: int = setting(0, "processes in which agents train side by side; the results are those of one, to the bit. "
+                           "More than one needs Linux, no GPU and --threads 1; 0: there one per core, else one",
+                           group="run")
     dtype: str = setting("float32", "of the policies' matrix products; the weights are float32 in any case. With "
                          "bfloat16 log-probs have errors, of about 0.01 on the model of tiny and more where logits are "
                          "large", group="run",
@@ -251,7 +260,8 @@ def at_home(path: str) -> str:
 
 
 def _resumed(given: dict) -> tuple[Settings, str]:
-    """The settings of the run to continue; a flag that says otherwise is an error (but --device, which may differ)."""
+    """The settings of the run to continue; a flag that says otherwise is an error (but for those in `movable`)."""
+    movable = ("device", "workers")  # a run may go on elsewhere
     try:
         config = json.loads((Path(given["resume"]) / "config.json").read_text())
         values = {name: tuple(value) if isinstance(value, list) else value
@@ -262,14 +272,14 @@ def _resumed(given: dict) -> tuple[Settings, str]:
     if (Path(given["resume"]) / "summary.json").exists():
         raise UserError(f"--resume {given['resume']}: this run is finished")
     for name, value in given.items():
-        if name not in ("resume", "device") and value != "auto" and value != values[name]:
+        if name not in ("resume", *movable) and value != "auto" and value != values[name]:
             raise UserError(f"--{name.replace('_', '-')} {_show(value)} differs from the run's {_show(values[name])}: "
                             "--resume continues with the settings in its config.json")
     for name in ("judge", "reward"):  # a folder can come from elsewhere: code that it names is not run
         if ".py:" in values[name] and name not in given and not embedded(values[name].rpartition(":")[0]):
             raise UserError(f"--resume {given['resume']}: the run's --{name} is the function {values[name]}; a folder "
                             "is not trusted to name code, so give the flag again")
-    settings = dataclasses.replace(settings, resume=given["resume"], device=given.get("device", settings.device))
+    settings = dataclasses.replace(settings, **{name: given[name] for name in ("resume", *movable) if name in given})
     try:
         settings = replace_auto(settings)
         check_settings(settings)
@@ -319,7 +329,7 @@ def check_settings(s: Settings) -> None:
     for name in fractions:
         if not 0 <= getattr(s, name) <= 1:
             raise UserError(f"{flags[name]} must lie between 0 and 1, not {getattr(s, name)}")
-    for name in ("threads", "vf_coef", "missing_eos_penalty", "outlier"):
+    for name in ("threads", "workers", "vf_coef", "missing_eos_penalty", "outlier"):
         if not 0 <= getattr(s, name) < float("inf"):
             raise UserError(f"{flags[name]} must not be negative, and is {getattr(s, name)}")
     if len(s.beta) not in (1, len(s.mode)) or not all(0 <= beta < float("inf") for beta in s.beta):
@@ -339,7 +349,7 @@ def check_settings(s: Settings) -> None:
     if s.penalty == "both" and s.gamma != 1:
         raise UserError("--penalty both is the gradient of the undiscounted sequence KL: it needs --gamma 1")
     if s.agents > 1000:
-        raise UserError(f"--agents {s.agents}: this is a simulation in one process, for at most 1000")
+        raise UserError(f"--agents {s.agents}: this is a simulation on one machine, for at most 1000")
     if s.penalty == "both" and s.estimator != "exact":
         raise UserError("--penalty both is the exact KL in both places: it takes no other --estimator")
     wrong = WRONG_ESTIMATORS.get((s.penalty, s.estimator))
@@ -347,6 +357,8 @@ def check_settings(s: Settings) -> None:
         raise UserError(f"{wrong} (or insist with --allow-wrong-estimator)")
     if s.adaptive_kl and not (min(s.beta) > 0 and s.batch * s.agents < 5 * s.kl_horizon):
         raise UserError("--adaptive-kl needs a positive --beta and a --kl-horizon of more than batch * agents / 5")
+    if s.workers > 1 and not can_fork(s):
+        raise UserError(f"--workers {s.workers} needs Linux, a machine without a GPU and --threads 1")
     if s.name and (Path(s.name).name != s.name or s.name == ".."):
         raise UserError(f"--name {s.name!r} must be a plain folder name; --out says where it goes")
     try:
@@ -378,6 +390,77 @@ def communication_matrix(s: Settings) -> torch.Tensor:
     return matrix / sums
 
 
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def can_fork(s: Settings) -> bool:
+    """A forked copy has none of its parent's threads: neither a GPU's libraries nor OpenMP work without theirs."""
+    return sys.platform == "linux" and s.threads == 1 and not torch.accelerator.is_available()
+
+
+def workers(s: Settings) -> int:
+    """In how many processes agents train at once."""
+    return s.workers or (len(os.sched_getaffinity(0)) if can_fork(s) else 1)
+
+
+def side_by_side(jobs: list[Callable[[], typing.Any]], at_once: int) -> Iterator[typing.Any]:
+    """Results of independent jobs, in the order of `jobs`: each in a forked copy of this process, `at_once` at a time.
+
+    A copy sees all that is in memory when it begins, and what it changes is lost with it: the result alone comes back.
+    One job, or one at a time, runs in this process when its turn comes. Raises what a job raises, and UserError if its
+    process was killed.
+    """
+    if min(at_once, len(jobs)) <= 1:
+        yield from (job() for job in jobs)
+        return
+    context, waiting, running, results = multiprocessing.get_context("fork"), list(enumerate(jobs))[::-1], {}, {}
+    try:
+        for i in range(len(jobs)):
+            while i not in results:
+                while waiting and len(running) < at_once:
+                    index, job = waiting.pop()
+                    inlet, outlet = context.Pipe(duplex=False)
+                    process = context.Process(target=in_a_copy, args=(job, outlet, os.getpid()), daemon=True)
+                    process.start()
+                    running[inlet] = index, process
+                    outlet.close()  # else the end of the process would not end the pipe
+                for inlet in multiprocessing.connection.wait(list(running)):
+                    results[running[inlet][0]] = received(inlet)
+                    running.pop(inlet)[1].join()
+            result, error = results.pop(i)
+            if error:
+                raise error
+            yield result
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.join()
+
+
+def received(inlet: multiprocessing.connection.Connection) -> tuple[typing.Any, Exception | None]:
+    """What a forked copy sent: the result of its job, or the exception that it raised."""
+    with inlet:
+        try:
+            return pickle.loads(inlet.recv_bytes())
+        except EOFError:
+            return None, UserError("a worker process was killed, as a rule because memory was short: fewer --workers "
+                                   "need less, also with --resume")
+
+
+def in_a_copy(job: Callable[[], typing.Any], outlet: multiprocessing.connection.Connection, parent: int) -> None:
+    """The life of a forked copy: one job, whose result or exception is sent back."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the parent, which tells (`Run.stop`) or kills
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it holds the run's lock, so must not outlive it
+    if os.getppid() != parent:
+        return
+    try:
+        answer = pickle.dumps((job(), None))
+    except Exception as error:
+        answer = pickle.dumps((None, error))
+    outlet.send_bytes(answer)
+
+
 # ------------------------------------------------------------------------------------------------------- the world
 
 
@@ -397,8 +480,8 @@ class World:
         self.initial = self.new_policy().requires_grad_(False)  # mu_0
         labelled = s.reward in FITTED or s.judge == "heldout"
         self.pairs, self.dropped = data.load_pairs(at_home(s.dataset), s.splits, labelled)
-        self.prompt_ids = {prompt: data.encode_prompt(self.tokenizer, prompt)
-                           for prompt in dict.fromkeys(pair.prompt for pair in self.pairs)}
+        prompts = list(dict.fromkeys(pair.prompt for pair in self.pairs))
+        self.prompt_ids = dict(zip(prompts, data.encode_prompts(self.tokenizer, prompts), strict=True))
         if empty := [prompt for prompt, ids in self.prompt_ids.items() if not ids]:
             raise UserError(f"the prompt {empty[0][:40]!r} has no tokens in this model's vocabulary: remove such rows")
         context = getattr(self.model.config, "max_position_embeddings", None)
@@ -478,15 +561,18 @@ def make_task(world: World, seed: int, pooled: bool) -> Task:
     fitted: list[tuple[data.Scorer, tuple | None]] = [(world.given_reward, None)] * len(shards)
     if world.given_reward is None:
         sources = [everything] if s.reward == "shared" else shards
-        models = [fit_reward(world, source.train, source.heldout, generator(seed, i, "reward model"))
-                  for i, source in enumerate(sources)]
+        models = side_by_side([functools.partial(fit_reward, world, source.train, source.heldout,
+                                                 generator(seed, i, "reward model"))
+                               for i, source in enumerate(sources)], workers(s))
         fitted = [(data.model_scorer(model), accuracy) for model, accuracy in models]
         fitted *= len(shards) // len(fitted)  # a shared model serves every agent
-    samples = []  # of the initial policy, per agent: what its reward is normalised on
-    for i, shard in enumerate(shards):
-        stream = generator(seed, i, "normalisation")
-        prompts = [shard.prompts[k] for k in torch.randperm(len(shard.prompts), generator=stream)[:256].tolist()]
-        samples.append(world.batches(prompts, world.initial, stream))
+
+    def sampled_for(i: int) -> list[tuple]:
+        """Of the initial policy: what the reward of agent i is normalised on."""
+        stream, own = generator(seed, i, "normalisation"), shards[i].prompts
+        prompts = [own[k] for k in torch.randperm(len(own), generator=stream)[:256].tolist()]
+        return world.batches(prompts, world.initial, stream)
+    samples = list(side_by_side([functools.partial(sampled_for, i) for i in range(len(shards))], workers(s)))
     scorers = [data.normalised(scorer, own)[0] for (scorer, _), own in zip(fitted, samples, strict=True)]
     if s.reward == "ensemble":
         mean = data.mean_scorer(scorers)
@@ -786,30 +872,65 @@ def train(world: World, task: Task, mode: str, run: "Run", saved: dict | None = 
     if saved:
         restore(agents, frozen, task, saved)
         end_if_all_diverged(agents)
-    for agent in [] if saved else agents:
-        run.log(mode, task.seed, agent.index, 0, 0, judge=judge_agent(agent, task, mode, "before", run),
-                reward_accuracy=(task.accuracies[agent.index] or [None])[0])
+    else:
+        judged, samples = judge_agent(agents[0], task)  # they all start from one policy
+        for agent in agents:
+            run.samples[f"{mode} {task.seed} {agent.index} before"] = samples
+            run.log(mode, task.seed, agent.index, 0, 0, judge=judged,
+                    reward_accuracy=(task.accuracies[agent.index] or [None])[0])
+    inside = bool(saved and saved["frozen"])  # of a round, whose exchange is behind it
     for rnd in range(min(agent.done for agent in agents) // s.updates, s.rounds):
-        if all(agent.done == rnd * s.updates for agent in agents):  # else a resumed run is inside this round
+        if not inside:
             result = exchange(agents, frozen, mode, matrix, participants(s, task.seed, rnd, len(agents)))
             for agent in agents:
                 agent.row, agent.missed = result.matrix[agent.index], result.missed[agent.index]
                 agent.received += result.received[agent.index]
-        for agent in agents:
-            references, weights = cooperate(frozen, agent.row, world)
-            for update in range(agent.done + 1, (rnd + 1) * s.updates + 1):
-                metrics = agent.update(references, weights)
-                judged = judge_agent(agent, task, mode, "after", run) if update % s.updates == 0 else None
-                run.log(mode, task.seed, agent.index, rnd + 1, update, judge=judged, bytes=agent.received,
-                        missed=agent.diverged or agent.missed, **metrics)
-                if run.stop:
-                    run.checkpoint(mode, task, agents, frozen)
-                    raise Stopped(run.stop)
+        last = (rnd + 1) * s.updates
+        for agent, metrics, samples in local_ppo(agents, frozen, last, task, run):
+            if samples:
+                run.samples[f"{mode} {task.seed} {agent.index} after"] = samples
+            run.log(mode, task.seed, agent.index, rnd + 1, **metrics)
+        inside = any(agent.done < last for agent in agents)
+        if run.stop:
+            run.checkpoint(mode, task, agents, frozen if inside else [])
+            raise Stopped(run.stop)
         end_if_all_diverged(agents)
         give_back()
         if (rnd + 1) % s.save_every == 0 or rnd + 1 == s.rounds:
-            run.checkpoint(mode, task, agents, frozen)
+            run.checkpoint(mode, task, agents, [])
     return agents
+
+
+def local_ppo(agents: list[Agent], frozen: list[ppo_core.Policy], last: int, task: Task,
+              run: "Run") -> Iterator[tuple[Agent, dict, list[dict] | None]]:
+    """Every agent's updates up to the number `last`, or to the one in which the run is asked to stop.
+
+    -> (agent, metrics, samples if it was judged) of every update, agent by agent. Agents hear nothing of each other in
+    here, so they can train side by side; then an agent is as its last update left it when its first one is given.
+    """
+    def updates(agent: Agent) -> Iterator[tuple[dict, list[dict] | None]]:
+        references, weights = cooperate(frozen, agent.row, agent.world)
+        while agent.done < last and not run.stop:
+            metrics = agent.update(references, weights)
+            judged, samples = judge_agent(agent, task) if agent.done == last else (None, None)
+            yield metrics | {"update": agent.done, "judge": judged, "bytes": agent.received,
+                             "missed": agent.diverged or agent.missed}, samples
+
+    def in_a_copy_of(agent: Agent) -> tuple[list[tuple], dict]:
+        return list(updates(agent)), agent.state_dict()
+
+    at_once = min(workers(agents[0].settings), len(agents))
+    if at_once == 1:
+        for agent in agents:
+            for metrics, samples in updates(agent):
+                yield agent, metrics, samples
+        return
+    jobs = [functools.partial(in_a_copy_of, agent) for agent in agents]
+    with contextlib.closing(side_by_side(jobs, at_once)) as results:
+        for agent, (history, state) in zip(agents, results, strict=True):
+            agent.load_state_dict(state)
+            for metrics, samples in history:
+                yield agent, metrics, samples
 
 
 def end_if_all_diverged(agents: list[Agent]) -> None:
@@ -833,8 +954,8 @@ def restore(agents: list[Agent], frozen: list[ppo_core.Policy], task: Task, save
         policy.model.load_state_dict(state)
 
 
-def judge_agent(agent: Agent, task: Task, mode: str, when: str, run: "Run") -> float | None:
-    """The judge's mean score of the agent's responses to the held-out prompts; None without a judge.
+def judge_agent(agent: Agent, task: Task) -> tuple[float | None, list[dict]]:
+    """The judge's mean score of the agent's responses to the held-out prompts, None without a judge; the first samples.
 
     Sampled at the training temperature with one named stream, the same for every agent, arm and evaluation.
     """
@@ -842,12 +963,12 @@ def judge_agent(agent: Agent, task: Task, mode: str, when: str, run: "Run") -> f
     sampled = world.batches(task.eval_prompts, agent.policy, generator(task.seed, "evaluation"))
     scores = torch.cat([task.judge(*batch) for batch in sampled]).tolist() if task.judge else []
     ids, mask, response, response_mask = (tensor[:SAMPLES] for tensor in sampled[0])
-    run.samples[f"{mode} {task.seed} {agent.index} {when}"] = [
+    samples = [
         {"prompt": prompt, "response": text, "ended": ended, "judge": score} for prompt, text, ended, score in
         zip(data.decode(world.tokenizer, ids, mask), data.decode(world.tokenizer, response, response_mask),
             ((response == world.eos_id) & response_mask.bool()).any(1).tolist(),
             scores[:SAMPLES] or [None] * SAMPLES, strict=False)]
-    return sum(scores) / len(scores) if scores else None
+    return (sum(scores) / len(scores) if scores else None), samples
 
 
 # ------------------------------------------------------------------------------------------------------- preflight
@@ -948,7 +1069,7 @@ class Run:
         self.samples: dict[str, list[dict]] = {}
         self.saved: dict = {"rows": 0}  # the checkpoint that a resumed run goes on from
         self.said: set[tuple] = set()  # warnings are given once
-        self.stop = 0  # the signal that asks the run to stop after the update it is in
+        self.signal = mmap.mmap(-1, 1)  # memory that forked copies share
         self.folder = Path(s.resume) if s.resume else new_folder(s)
         if not s.resume:
             write_json(self.folder / "config.json", describe(s, reason))
@@ -959,6 +1080,15 @@ class Run:
         arms = [(seed, mode) for seed in s.seeds for mode in s.mode]
         self.bar = tqdm(total=sum(self.updates_of(mode) for _, mode in arms), unit="update", dynamic_ncols=True,
                         initial=sum(row["update"] > 0 for row in self.rows), smoothing=0.1)
+
+    @property
+    def stop(self) -> int:
+        """The number of the signal that asks the run to stop after the update it is in, or 0; seen in all processes."""
+        return self.signal[0]
+
+    @stop.setter
+    def stop(self, number: int) -> None:
+        self.signal[0] = number
 
     def updates_of(self, mode: str) -> int:
         return self.settings.rounds * self.settings.updates * (1 if mode == "centralized" else self.settings.agents)
@@ -1025,13 +1155,12 @@ class Run:
     def checkpoint(self, mode: str, task: Task, agents: list[Agent], frozen: list[ppo_core.Policy]) -> None:
         """All that is needed to continue from here; written under a temporary name first, the last two are kept.
 
-        References are made anew at the next exchange: only inside a round must they be kept.
+        frozen: the references inside a round; empty at its end, since the next exchange makes them anew.
         """
-        inside = len({agent.done for agent in agents}) > 1 or agents[0].done % self.settings.updates > 0
         state = {"mode": mode, "seed": task.seed, "rows": len(self.rows), "samples": self.samples, "probe": task.probe,
                  "device": self.settings.device,
                  "agents": [agent.state_dict() for agent in agents],
-                 "frozen": [policy.model.state_dict() for policy in frozen if inside]}
+                 "frozen": [policy.model.state_dict() for policy in frozen]}
         os.fsync(self.metrics.fileno())  # so that no checkpoint speaks of lines that a power cut takes
         write_state(self.folder / f"checkpoint-{len(self.rows):08d}.safetensors", state)
         for old in self.checkpoints()[:-2]:
@@ -1231,11 +1360,11 @@ def samples_page(samples: dict[str, list[dict]], s: Settings) -> str:
     lines = ["# The same prompts before and after training", "",
              f"Seed {s.seeds[0]}, sampled at temperature {s.temperature:g}. ⏹ marks a response that ended by itself; "
              "a number is the judge's score.", ""]
-    for name, after in samples.items():
+    for name, before in samples.items():
         mode, seed, agent, when = name.split()
-        if when == "after" and int(seed) == s.seeds[0]:
+        if when == "before" and int(seed) == s.seeds[0]:
             lines += [f"## {mode}, agent {agent}", "", "| prompt | before | after |", "|---|---|---|"]
-            for old, new in zip(samples[f"{mode} {seed} {agent} before"], after, strict=True):
+            for old, new in zip(before, samples[f"{mode} {seed} {agent} after"], strict=True):
                 cells = [" ".join(str(new["prompt"]).split())] + [
                     f"{' '.join(x['response'].split())}{' ⏹' * x['ended']}" +
                     (f" **{x['judge']:.2f}**" if x["judge"] is not None else "") for x in (old, new)]
@@ -1282,6 +1411,7 @@ def use_onednn(width: int) -> None:
 def load_world(s: Settings, reason: str) -> World:
     """Load what all seeds start from, and say what is run on what. Raises UserError, also for a seed's lack of data."""
     keep_memory()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns of every fork
     if s.threads:
         torch.set_num_threads(s.threads)
     print(f"preset {s.preset}: {reason}; {_show(s.model)} on {s.device}")

@@ -301,7 +301,7 @@ TASKS: dict[tuple, fedppo.Task] = {}  # of this process: the last few, so that a
 
 
 def parse(flags: str) -> fedppo.Settings:
-    return fedppo.parse(["--preset", "tiny", "--device", "cpu", *flags.split()])[0]
+    return fedppo.parse(["--preset", "tiny", "--device", "cpu", "--workers", "1", *flags.split()])[0]
 
 
 @functools.cache

@@ -44,11 +44,10 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture
-def base(small_model, rows, tmp_path, monkeypatch):
+def base(small_model, rows, tmp_path, no_picture):
     """Flags of a run of a second on the small model, without a picture; later ones win."""
-    monkeypatch.setattr(fedppo.plot, "draw", lambda folders, out: (out, out))
-    return ["--preset", "tiny", "--device", "cpu", "--model", str(small_model), "--dataset", str(rows),
-            "--shards", "iid", "--agents", "2", "--pairs", "4", "--eval-prompts", "2", "--judge", "none",
+    return ["--preset", "tiny", "--device", "cpu", "--workers", "1", "--model", str(small_model), "--dataset",
+            str(rows), "--shards", "iid", "--agents", "2", "--pairs", "4", "--eval-prompts", "2", "--judge", "none",
             "--rounds", "1", "--updates", "1", "--batch", "4", "--response-length", "4", "--reward-epochs", "1",
             "--out", str(tmp_path / "runs"), "--name", "run"]
 

@@ -340,7 +340,7 @@ def tokenizer(tmp_path_factory):
 def test_prompt_and_response_are_joined_by_exactly_one_space(tokenizer):
     """Detail 27: the pieces, tokenised apart, are the tokens of the whole text."""
     prompt, response = "The room was", "lovely and calm."
-    ids = data.encode_prompt(tokenizer, prompt) + data.encode_response(tokenizer, response, 99, eos=False)
+    ids = data.encode_prompts(tokenizer, [prompt])[0] + data.encode_response(tokenizer, response, 99, eos=False)
     assert tokenizer.decode(ids) == "The room was lovely and calm."
     assert ids == tokenizer("The room was lovely and calm.")["input_ids"]
 
@@ -515,7 +515,7 @@ def test_preference_accuracy_counts_a_tie_half(causal):
 
 def batch_of(tokenizer, prompts, responses):
     """Texts as the sampler leaves them; a response that ends in "|" has EOS."""
-    prompt = data.pad([data.encode_prompt(tokenizer, text) for text in prompts], 1, "left")
+    prompt = data.pad(data.encode_prompts(tokenizer, prompts), 1, "left")
     response = [data.encode_response(tokenizer, text.rstrip("|"), 99, eos=text.endswith("|")) for text in responses]
     return *prompt, *data.pad(response, 1, "right")
 

@@ -804,11 +804,12 @@ def test_detail_27_prompt_and_response_are_joined_by_one_space(tmp_path, small_m
         rows[0]["prompt"] = prompt
         rows[0]["chosen"][1]["content"] = chosen
         (pair,), _ = data.load_pairs(str(worlds.write_jsonl(tmp_path / "one.jsonl", rows)))
-        ids = data.encode_prompt(tokenizer, pair.prompt) + data.encode_response(tokenizer, pair.chosen, 24, eos=False)
+        prompt, = data.encode_prompts(tokenizer, [pair.prompt])
+        ids = prompt + data.encode_response(tokenizer, pair.chosen, 24, eos=False)
         assert tokenizer.decode(ids) == "The soup was calm and grey."
         assert data.encode_response(tokenizer, pair.chosen, 24, eos=True)[-1] == tokenizer.eos_token_id
         # the policy would sample the same ids: " calm" is the first token of the response, not a space of the prompt
-        assert tokenizer.convert_ids_to_tokens(ids)[len(data.encode_prompt(tokenizer, pair.prompt))].startswith("Ġ")
+        assert tokenizer.convert_ids_to_tokens(ids)[len(prompt)].startswith("Ġ")
 
 
 def test_detail_28_the_reward_model_is_trained(tiny_world, tiny_task, monkeypatch):

@@ -19,7 +19,8 @@ import ppo_core
 from fedppo import Agent, Settings, World, cooperate, exchange, make_task
 
 SMALL = ["--pairs", "20", "--eval-prompts", "8", "--reward-epochs", "1", "--batch", "8", "--updates", "2",
-         "--response-length", "8"]
+         "--response-length", "8", "--workers", "1"]
+pytestmark = pytest.mark.usefixtures("no_picture")
 IGNORED = {"seconds", "mode"}
 
 
@@ -37,7 +38,7 @@ def main(tmp_path: Path, name: str, *flags: str) -> Path:
 def small() -> tuple[World, list[Agent]]:
     """Three agents whose policies have been moved apart by hand."""
     settings = dataclasses.replace(Settings(), preset="tiny", device="cpu", estimator="exact", agents=3, pairs=20,
-                                   eval_prompts=8, reward_epochs=1, batch=8)
+                                   eval_prompts=8, reward_epochs=1, batch=8, workers=1)
     world = World(settings)
     task = make_task(world, 0, pooled=False)
     agents = [Agent(i, world, task, settings.batch, 0.2) for i in range(3)]
@@ -263,8 +264,10 @@ def spoil(kind: str, message: fedppo.Message) -> fedppo.Message:
     return fedppo.Message(weights, fedppo.digest(weights))
 
 
-@pytest.mark.parametrize("mode, kind", [("federated", "does not match its hash"), ("federated", "has another shape"),
-                                        ("fedavg", "is not finite"), ("federated", "has no finite log-probs")])
+@pytest.mark.parametrize("mode, kind", [
+    ("federated", "does not match its hash"), ("fedavg", "is not finite"),
+    pytest.param("federated", "has another shape", marks=pytest.mark.slow),
+    pytest.param("federated", "has no finite log-probs", marks=pytest.mark.slow)])
 def test_a_message_with_a_fault_is_left_out_and_said(tmp_path, monkeypatch, capfd, mode, kind):
     """Agent 1 of three sends nonsense in round 2: the others go on without it, and it goes on itself."""
     send, calls = fedppo.send, []

@@ -108,7 +108,7 @@ def test_paired_difference_removes_what_the_pairs_share():
     assert plot.paired_difference([1.0, 2.0], [2.0, 4.0])[0] == -1.5
 
 
-@pytest.mark.parametrize("seeds, at_least", [(8, 0.90), (20, 0.915)])
+@pytest.mark.parametrize("seeds, at_least", [(8, 0.90), pytest.param(20, 0.915, marks=pytest.mark.slow)])
 def test_a_paired_band_covers_the_truth_of_seeds_with_correlated_agents(seeds, at_least):
     """120 studies of agents that share their seed's luck: the band must know that seeds, not agents, are the unit."""
     random = np.random.default_rng(5)

@@ -19,7 +19,8 @@ KEYS = {"mode", "seed", "agent", "round", "update", "episodes", "reward", "judge
         "policy_loss", "value_loss", "clipfrac", "length", "ended", "bytes", "seconds"}  # the ones the project promises
 SUMMARY = {"judge_initial", "judge_final", "judge_auc", "reward_final", "worst_agent_final", "seconds", "bytes"}
 SHORT = ["--agents", "2", "--rounds", "1", "--updates", "1", "--batch", "4", "--response-length", "4", "--pairs", "8",
-         "--eval-prompts", "4", "--reward-epochs", "1", "--epochs", "2", "--threads", "1", "--device", "cpu"]
+         "--eval-prompts", "4", "--reward-epochs", "1", "--epochs", "2", "--threads", "1", "--workers", "1", "--device",
+         "cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -36,12 +37,6 @@ def main(out, model, dataset, *flags, name="run", code=0):
     assert fedppo.main(["--preset", "pythia-70m", "--model", str(model), "--dataset", str(dataset), *SHORT,
                         "--out", str(out), "--name", name, *map(str, flags)]) == code
     return out / name
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    """Drawing takes as long as all the rest of so short a run, and test_plot.py looks at pictures."""
-    monkeypatch.setattr(fedppo.plot, "draw", lambda folders, out: (out, out))
 
 
 @pytest.fixture
@@ -288,7 +283,8 @@ def unstopped(tmp_path_factory, small_model, real_data):
     return main(tmp_path_factory.mktemp("unstopped"), small_model, real_data, *RESUMED)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6, 9, 14], ids="killed in update {}".format)
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow),
+                                  9, pytest.param(14, marks=pytest.mark.slow)], ids="killed in update {}".format)
 def test_a_resumed_run_equals_one_that_was_never_stopped(run, unstopped, monkeypatch, stop):
     """Killed in the first round, in later ones and between the modes, while it wrote a line.
 

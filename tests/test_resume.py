@@ -1,6 +1,9 @@
 """A run that is stopped, killed or damaged goes on as if nothing had happened, to the bit."""
 
+import dataclasses
+import functools
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -21,7 +24,8 @@ HOME = Path(fedppo.__file__).parent
 FLAGS = ["--preset", "tiny", "--agents", "2", "--pairs", "20", "--eval-prompts", "8", "--reward-epochs", "1", "--batch",
          "8", "--rounds", "2", "--updates", "2", "--mode", "federated", "isolated",  # 4 updates a round, 16 in all
          "--merge", "--participation", "0.8", "--outlier", "1", "--adaptive-kl", "--lr-schedule", "linear",
-         "--response-length", "8"]
+         "--response-length", "8", "--workers", "1"]
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def outcome(folder: Path) -> dict:
@@ -38,7 +42,7 @@ def outcome(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def unstopped(tmp_path_factory) -> dict:
+def unstopped(tmp_path_factory, no_picture) -> dict:
     out = tmp_path_factory.mktemp("unstopped")
     assert fedppo.main([*FLAGS, "--out", str(out), "--name", "run"]) == 0
     return outcome(out / "run")
@@ -64,8 +68,8 @@ def stopped_in(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number, which", [
-    (1, signal.SIGINT), pytest.param(4, signal.SIGTERM, marks=pytest.mark.slow), (11, signal.SIGTERM),
-    pytest.param(16, signal.SIGTERM, marks=pytest.mark.slow)])
+    (11, signal.SIGTERM), *(pytest.param(number, which, marks=pytest.mark.slow) for number, which in
+                            ((1, signal.SIGINT), (4, signal.SIGTERM), (16, signal.SIGTERM)))])
 def test_a_signal_saves_the_update_it_came_in_and_the_run_goes_on(stopped_in, unstopped, capfd, number, which):
     """Inside a round, at its end, inside one of the second mode and at the very end."""
     folder = stopped_in(number, which)
@@ -96,8 +100,9 @@ def test_two_checkpoints_are_kept_every_so_many_rounds(tmp_path, monkeypatch):
     assert kept == [[10], [10, 18], [18, 22]]
 
 
-@pytest.mark.parametrize("damage", [pytest.param("truncated", marks=pytest.mark.slow), "a bit of a tensor",
-                                    "a bit of the rest", pytest.param("rows lost", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damage", [
+    pytest.param("truncated", marks=pytest.mark.slow), pytest.param("a bit of a tensor", marks=pytest.mark.slow),
+    "a bit of the rest", pytest.param("rows lost", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped_in, unstopped, capfd, damage):
     folder = stopped_in(7, signal.SIGTERM)  # in the second round
     older, newer = sorted(folder.glob("checkpoint-*.safetensors"))
@@ -343,10 +348,13 @@ def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_like_one_that_was_not(tmp_path, unstopped):
-    """SIGKILL of a real process at random moments of its training, every third time while it writes a checkpoint."""
+    """SIGKILL of a real process at random moments of its training, every third time while it writes a checkpoint.
+
+    Its agents train in two other processes, which must not outlive it: they would keep the folder locked.
+    """
     folder, rng, kills, moments = tmp_path / "run", random.Random(0), 0, set()
     command = [sys.executable, str(HOME / "fedppo.py")]
-    arguments = [*FLAGS, "--out", str(tmp_path), "--name", "run"]
+    arguments = [*FLAGS, "--workers", "2", "--out", str(tmp_path), "--name", "run"]
     for attempt in range(100):
         if kills >= 20:
             break
@@ -373,3 +381,106 @@ def test_a_run_killed_twenty_times_ends_like_one_that_was_not(tmp_path, unstoppe
     if not (folder / "summary.json").exists():
         subprocess.run([*command, "--resume", str(folder)], check=True, capture_output=True)
     assert outcome(folder) == unstopped
+
+
+# --------------------------------------------------------------------------------------- agents side by side
+
+
+def run_in_copies(tmp_path, monkeypatch, update, code: int) -> Path:
+    """A run of two workers whose copies have `update(original, agent, run, *args)` for Agent.update -> its folder."""
+    runs, original, start = [], fedppo.Agent.update, fedppo.Run.__init__
+
+    def keep(run, *args):
+        start(run, *args)
+        runs.append(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(fedppo.Run, "__init__", keep)
+        patch.setattr(fedppo.Agent, "update", lambda agent, *args: update(original, agent, runs[-1], *args))
+        assert fedppo.main([*FLAGS, "--workers", "2", "--out", str(tmp_path), "--name", "run"]) == code
+    assert not multiprocessing.active_children()
+    return tmp_path / "run"
+
+
+def test_agents_side_by_side_are_those_of_one_process(tmp_path, monkeypatch, unstopped):
+    here = os.getpid()
+
+    def update(original, agent, run, *args):
+        assert os.getpid() != here
+        return original(agent, *args)
+    assert outcome(run_in_copies(tmp_path, monkeypatch, update, 0)) == unstopped
+
+
+@pytest.mark.parametrize("agent, number", [pytest.param(0, 1, marks=pytest.mark.slow), (1, 3)])
+def test_a_signal_stops_all_copies_after_their_update(tmp_path, monkeypatch, unstopped, capfd, agent, number):
+    """It comes in the first update of a round of one agent; the other may then be in any of that round's two."""
+    def update(original, self, run, *args):
+        if (self.index, self.done + 1) == (agent, number):
+            os.kill(os.getppid(), signal.SIGTERM)
+            while not run.stop:  # until the parent has told
+                time.sleep(0.001)
+        return original(self, *args)
+    folder = run_in_copies(tmp_path, monkeypatch, update, 143)
+    assert f"--resume {folder} continues after this update" in capfd.readouterr().out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows if row["agent"] == agent][-1] == number
+    assert {row["mode"] for row in rows} == {"federated"}
+    assert fedppo.main(["--resume", str(folder)]) == 0
+
+    def in_order(result: dict) -> dict:
+        """The rows of the round that was stopped are in another order."""
+        return result | {"rows": sorted(result["rows"], key=lambda row: (row["mode"], row["update"], row["agent"]))}
+    assert in_order(outcome(folder)) == in_order(unstopped)
+
+
+def test_a_killed_copy_ends_the_run_in_one_line(tmp_path, monkeypatch, unstopped, capfd):
+    def update(original, agent, run, *args):
+        if (agent.index, agent.done) == (1, 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(agent, *args)
+    folder = run_in_copies(tmp_path, monkeypatch, update, 2)
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and "fewer --workers" in errors[0]
+    assert fedppo.main(["--resume", str(folder), "--workers", "1"]) == 0
+    assert outcome(folder) == unstopped
+
+
+def test_jobs_side_by_side_keep_their_order_and_leave_nothing_behind():
+    def job(number: int):
+        return number, os.getpid()
+    jobs = [functools.partial(job, number) for number in range(5)]
+    alone, apart = (list(fedppo.side_by_side(jobs, at_once)) for at_once in (1, 2))
+    assert [number for number, _ in apart] == [number for number, _ in alone] == [0, 1, 2, 3, 4]
+    assert len({process for _, process in apart}) == 5 and {process for _, process in alone} == {os.getpid()}
+    assert [process for _, process in fedppo.side_by_side(jobs[:1], 2)] == [os.getpid()]
+
+    def forever():
+        while True:
+            time.sleep(1)
+
+    def fails():
+        raise fedppo.UserError("of the job")
+    with pytest.raises(fedppo.UserError, match="of the job"):
+        list(fedppo.side_by_side([fails, forever], 2))
+    results = fedppo.side_by_side([jobs[0], forever], 2)
+    next(results)
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--workers", "2", "--threads", "2"], "--workers 2 needs Linux"), (["--workers", "-1"], "must not be negative")])
+def test_workers_that_cannot_be(flags, told, capfd):
+    assert fedppo.main(["--preset", "tiny", "--device", "cpu", *flags]) == 2
+    assert told in capfd.readouterr().err
+
+
+def test_workers_are_one_per_core_where_they_can_be(monkeypatch):
+    settings, _ = fedppo.parse(["--preset", "tiny", "--device", "cpu"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    assert fedppo.workers(settings) == 3
+    assert fedppo.workers(dataclasses.replace(settings, workers=2)) == 2
+    assert fedppo.workers(dataclasses.replace(settings, threads=0)) == 1
+    for owner, name, value in ((sys, "platform", "darwin"), (torch.accelerator, "is_available", lambda: True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert fedppo.workers(settings) == 1

@@ -199,6 +199,7 @@ def test_a_row_says_what_the_run_did(row):
     assert row["own_truth"] and row["own_topics"] and row["own_truth"] != row["judge_final"]
 
 
+@pytest.mark.slow
 def test_agents_together_in_the_headline_regime(monkeypatch):
     monkeypatch.chdir(study.HERE.parent)
     row = study.run(study.Job("federated", "headline", 5, f"--mode federated {SHORT}"))
