@@ -166,7 +166,8 @@ class Settings:
     temperature: float = setting(1.0, "of sampler, policy and references alike", pythia=0.7, group="PPO")
     epochs: int = setting(2, "passes over a rollout (1707.06347)", pythia=4, group="PPO")
     minibatches: int = setting(2, "gradient steps per pass", pythia=1, group="PPO")
-    micro_batch: int = setting(32, "most rows in one forward; memory only, results to rounding", pythia=8, group="PPO")
+    micro_batch: int = setting(32, "most rows in one forward; memory only, results to rounding; 0: 4 on a CPU, else 64",
+                               pythia=0, group="PPO")
     lr: float = setting(5e-4, "Adam learning rate (eps 1e-5, betas 0.9, 0.99)", pythia=1e-5, group="PPO")
     lr_schedule: str = setting("constant", "of the learning rate over the whole run", pythia="linear", group="PPO",
                                choices=("constant", "linear"))
@@ -245,8 +246,9 @@ def replace_auto(s: Settings) -> Settings:
     """Decide what was left to the program."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     estimator = "k1" if s.penalty == "reward" else "exact"
-    return dataclasses.replace(s, device=device if s.device == "auto" else s.device,
-                               estimator=estimator if s.estimator == "auto" else s.estimator)
+    s = dataclasses.replace(s, device=device if s.device == "auto" else s.device,
+                            estimator=estimator if s.estimator == "auto" else s.estimator)
+    return dataclasses.replace(s, micro_batch=s.micro_batch or (4 if s.device == "cpu" else 64))
 
 
 def _show(value) -> str:
@@ -1380,12 +1382,13 @@ def keep_memory() -> None:
     """Tell glibc to keep freed memory for the next tensor. Elsewhere nothing happens.
 
     It would give each large tensor back to the system, and the pages of the next one would have to be zeroed again:
-    at Pythia's vocabulary that takes longer than what is computed in them. The price is a higher peak, by a tenth in
-    benchmarks/speed.py, and holes that can grow without bound: so `train` calls `give_back` once a round.
+    at Pythia's vocabulary that takes longer than what is computed in them. Blocks of 32 MiB, the most that glibc takes
+    as a threshold, still go back: kept, they leave holes that no other fits, and a higher peak. Smaller holes can grow
+    without bound too: so `train` calls `give_back` once a round.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block from mmap
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: blocks from here on are apart from the heap
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 

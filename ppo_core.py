@@ -5,13 +5,14 @@ In reading order
     2. the algorithm          gae, policy_loss, value_loss            (pure: tensors and floats in, tensors out)
     3. the policy             Policy: a causal LM, a value head on its trunk, and the mask of ids that are no token
     4. GPT-NeoX               neox_states: its layers without transformers' wrappers, for training and sampling
-    5. sampling               sample_inverse_cdf, choose, decoder, generate
-    6. one rollout            entropy, evaluate, reference_logprobs, penalty_kl, collect -> Rollout
-    7. one update             penalised_rewards, TokenTerms, ppo_loss, optimise
+    5. the two [V, D]         Embed, Project: their gradients are summed over micro-batches in place
+    6. sampling               sample_inverse_cdf, choose, decoder, generate
+    7. one rollout            entropy, evaluate, reference_logprobs, penalty_kl, collect -> Rollout
+    8. one update             penalised_rewards, TokenTerms, ppo_loss, optimise
 
-Two things have a fast form beside the readable one, which is its oracle in the tests: the forward of GPT-NeoX
-(`neox_states`; else the model's own) and the gradient of log-prob and exact KL (`TokenTerms`; else `evaluate` and
-`penalty_kl`).
+Three things have a fast form beside the readable one, which is its oracle in the tests: the forward of GPT-NeoX
+(`neox_states`; else the model's own), the gradients of the two largest matrices (`Embed`, `Project`; else nn.Embedding
+and nn.Linear), and that of log-prob and exact KL (`TokenTerms`; else `evaluate` and `penalty_kl`).
 
 Dimension key: B rows, Q prompt tokens (left-padded), T response tokens (right-padded), V vocabulary, K references.
 State t is the prompt and the response before token t: its logits, its value and its KL all come from sequence
@@ -168,7 +169,9 @@ class Policy(nn.Module):
         """
         with self.precision():
             hidden = trunk_states(self.model.base_model, ids, mask, slice(prompt_length - 1, -1), self.dtype)
-            logits = self.model.get_output_embeddings()(hidden)
+            head = self.model.get_output_embeddings()
+            plain = self.dtype != torch.float32 or head.bias is not None
+            logits = head(hidden) if plain else Project.apply(hidden, head.weight)
         values = self.value_head(hidden.float()).squeeze(-1)
         return self.masked(logits.float()), values
 
@@ -222,7 +225,7 @@ def neox_states(trunk: nn.Module, tokens: Tensor, cos: Tensor, sin: Tensor, bias
     first E are read.
     """
     heads, turned = trunk.config.num_attention_heads, cos.shape[-1]
-    hidden = trunk.embed_in(tokens)
+    hidden = Embed.apply(tokens, trunk.embed_in.weight)
     for index, layer in enumerate(trunk.layers):
         attention = layer.attention
         qkv = attention.query_key_value(layer.input_layernorm(hidden)).unflatten(-1, (heads, 3, -1))
@@ -243,6 +246,49 @@ def neox_states(trunk: nn.Module, tokens: Tensor, cos: Tensor, sin: Tensor, bias
         source = hidden if trunk.config.use_parallel_residual else hidden + attended
         hidden = hidden + attended + layer.mlp(layer.post_attention_layernorm(source))
     return trunk.final_layer_norm(hidden)
+
+
+# ----------------------------------------------------------------------------------------------------- the two [V, D]
+
+
+class Embed(torch.autograd.Function):
+    """ids [B, L], weight [V, D] -> weight[ids], [B, L, D]; the gradient is added to weight.grad, if there is one.
+
+    nn.Embedding's is made anew for each micro-batch, [V, D], nearly all of it zeros, and then added. (So that
+    torch.autograd.grad works as long as weight.grad is None alone; `backward` always.)
+    """
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None]:
+        ids, weight = ctx.saved_tensors
+        total = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        total.index_add_(0, ids.flatten(), grad.flatten(0, 1))
+        return None, total if weight.grad is None else None
+
+
+class Project(torch.autograd.Function):
+    """hidden [B, L, D], weight [V, D] -> logits [B, L, V]; the gradient is added to weight.grad, as in `Embed`."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return nn.functional.linear(hidden, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        factors = grad.flatten(0, 1).T, hidden.flatten(0, 1)
+        if weight.grad is None:
+            return grad @ weight, torch.mm(*factors)
+        weight.grad.addmm_(*factors)
+        return grad @ weight, None
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
@@ -627,4 +673,5 @@ def optimise(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout,
                 raise FloatingPointError(f"the gradient's norm is {norm.item()}")
             optimizer.step()
             history.append({"grad_norm": norm.item()} | {name: value.item() for name, value in totals.items()})
+    optimizer.zero_grad()  # the next rollout needs the memory
     return {name: sum(step[name] for step in history) / len(history) for name in history[0]}

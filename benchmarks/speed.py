@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,6 @@ SHAPES = {  # of GPT-NeoX; tiny is tiny/model's, pythia-70m EleutherAI's
                    "vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25},
 }
 BATCHES = {"tiny": (32, 6, 20), "pythia-70m": (16, 24, 32)}  # B, Q, T
-MICRO_BATCH = {preset: fedppo.parse(["--preset", preset])[0].micro_batch for preset in SHAPES}
 THREADS = 2
 EPOCHS = 4  # of one minibatch
 
@@ -111,6 +111,11 @@ def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
 # ---------------------------------------------------------------------------------------------------------- worker
 
 
+def micro_batch(shape: str, device: str) -> int:
+    """The preset's own."""
+    return fedppo.parse(["--preset", shape, "--device", device])[0].micro_batch
+
+
 def new_model(shape: str, device: str):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     torch.manual_seed(0)
@@ -131,8 +136,9 @@ class Updates:
         self.case = case
         rows, prompt, response = BATCHES[case.shape]
         self.settings = dataclasses.replace(
-            fedppo.Settings(), batch=rows, micro_batch=MICRO_BATCH[case.shape], epochs=EPOCHS, minibatches=1,
-            response_length=response, rule=case.rule, estimator="exact", lr=1e-5, device=case.device, dtype=case.dtype)
+            fedppo.Settings(), batch=rows, micro_batch=micro_batch(case.shape, case.device),
+            epochs=EPOCHS, minibatches=1, response_length=response, rule=case.rule, estimator="exact", lr=1e-5,
+            device=case.device, dtype=case.dtype)
         model = new_model(case.shape, case.device)
         forbidden = torch.zeros(model.config.vocab_size, dtype=torch.bool)
         forbidden[:2] = True  # EOS and pad: no response ends
@@ -211,6 +217,7 @@ def serve(update) -> None:
 
 # -------------------------------------------------------------------------------------------------------- main job
 
+MAIN_JOB = ["--agents", "4", "--mode", "federated", "--preset", "tiny", "--device", "cpu"]
 PARTS = {  # of the main job -> the functions whose seconds they are; what these call for another part counts there
     "rollouts": [(ppo_core, "generate")], "scoring": [(ppo_core, "collect")],
     "optimisation": [(ppo_core, "optimise")], "reward models": [(fedppo, "fit_reward")],
@@ -219,7 +226,7 @@ PARTS = {  # of the main job -> the functions whose seconds they are; what these
 
 
 def main_job(folder: str) -> dict[str, float]:
-    """Seconds by part of the README's main job, in this process; "loading and rest" has Python's imports too."""
+    """Seconds by part of the README's main job, all in this process; "loading and rest" has Python's imports too."""
     seconds, inside = dict.fromkeys(PARTS, 0.0), ["loading and rest"]
 
     def timed(part: str, function):
@@ -239,23 +246,27 @@ def main_job(folder: str) -> dict[str, float]:
         for owner, name in functions:
             setattr(owner, name, timed(part, getattr(owner, name)))
     with contextlib.redirect_stdout(sys.stderr):
-        if fedppo.main(["--agents", "4", "--mode", "federated", "--preset", "tiny", "--device", "cpu",
-                        "--out", folder]):
+        if fedppo.main([*MAIN_JOB, "--workers", "1", "--out", folder]):
             raise RuntimeError("the main job failed")
     return seconds
 
 
-def measure_main_job(repeats: int) -> list[dict[str, float]]:
-    """Each time in a process of its own, from its start to its end."""
-    found = []
+def measure_main_job(repeats: int) -> tuple[list[dict[str, float]], list[float]]:
+    """From the program's start to its end: in one process, by part, and with as many workers as it has by default."""
+    parts, side_by_side = [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             done = subprocess.run([sys.executable, __file__, "--main-job", folder], capture_output=True, text=True,
                                   check=True)
             seconds = json.loads(done.stdout)
-            found.append(seconds | {"loading and rest": time.perf_counter() - started - sum(seconds.values())})
-    return found
+            parts.append(seconds | {"loading and rest": time.perf_counter() - started - sum(seconds.values())})
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            subprocess.run([sys.executable, str(HERE.parent / "fedppo.py"), *MAIN_JOB, "--out", folder],
+                           capture_output=True, check=True)
+            side_by_side.append(time.perf_counter() - started)
+    return parts, side_by_side
 
 
 # -------------------------------------------------------------------------------------------------------- schedule
@@ -371,23 +382,28 @@ def tables(results: dict) -> str:
             "case | one update | rollout | scoring | optimisation | times as fast as the first line | "
             "times the floor | rollout alone | response tokens per second | peak memory, MiB", rows)]
     if job := results.get("main job"):
-        total = sum(part["seconds"] for part in job.values())
-        rows = [[name, f"{part['seconds']:.1f}", f"{part['seconds'] / total:.0%}",
-                 f"{part['floor']:.1f}" if part["floor"] else "–"] for name, part in job.items()]
-        lines += ["", "## main job", "", f"`python fedppo.py --agents 4 --mode federated`, {total:.0f} s with one "
-                  "thread, by part:", "", *report.table("part | seconds | share | floor", rows)]
+        alone = statistics.median(sum(part.values()) for part in job["alone"])
+        rows = []
+        for name, floor_seconds in job["floor"].items():
+            seconds = statistics.median(part[name] for part in job["alone"])
+            rows.append([name, f"{seconds:.1f}", f"{seconds / alone:.0%}",
+                         f"{floor_seconds:.1f}" if floor_seconds else "–"])
+        rows.sort(key=lambda row: -float(row[1]))
+        lines += ["", "## main job", "", f"`python fedppo.py --agents 4 --mode federated`: {alone:.0f} s in one "
+                  f"process (`--workers 1`), {statistics.median(job['side by side']):.0f} s in {job['workers']}, as it "
+                  f"is by default there; medians of {len(job['alone'])} in turns. The first by part:", "",
+                  *report.table("part | seconds | share | floor", rows)]
     return "\n".join(lines) + "\n"
 
 
-def main_job_by_part(repeats: int) -> dict[str, dict]:
-    """Medians, in order of size, beside the floor of 160 updates with the main job's passes, steps and references."""
-    found = measure_main_job(repeats)
+def main_job_by_part(repeats: int) -> dict[str, typing.Any]:
+    """Its samples, beside the floor of 160 updates with the main job's passes, steps and references."""
+    alone, side_by_side = measure_main_job(repeats)
     torch.set_num_threads(1)
     updates = floor(Case("", "tiny", references=5), passes=2, steps=4)  # four policies and the initial one
-    floors = {part: 160 * updates.get("rollout" if part == "rollouts" else part, 0) for part in found[0]}
-    parts = {part: {"seconds": statistics.median(seconds[part] for seconds in found), "floor": floors[part]}
-             for part in found[0]}
-    return dict(sorted(parts.items(), key=lambda part: -part[1]["seconds"]))
+    floors = {part: 160 * updates.get("rollout" if part == "rollouts" else part, 0) for part in alone[0]}
+    return {"alone": alone, "side by side": side_by_side, "floor": floors,
+            "workers": fedppo.workers(fedppo.parse(MAIN_JOB)[0])}
 
 
 def save(results: dict, path: Path) -> None:
@@ -416,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
         serve(Updates(case).once)
         return 0
     results = {"arguments": shlex.join(sys.argv[1:] if argv is None else argv),
-               "micro_batch": MICRO_BATCH["pythia-70m"], "name": options.name,
+               "micro_batch": micro_batch("pythia-70m", options.device), "name": options.name,
                "threads": THREADS, "repeats": options.repeats, "torch": torch.__version__,
                "hardware": torch.cuda.get_device_name() if options.device != "cpu" else f"{os.cpu_count()} cores "
                f"({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})", "groups": {}}

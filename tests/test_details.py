@@ -381,8 +381,10 @@ def test_detail_13_losses_divide_by_the_tokens_of_the_whole_minibatch(toy_policy
         rollout, trained = roll(policy, s), moved(policy)
         tokens = [int(rollout.mask[rows].sum()) for rows in torch.randperm(8, generator=stream()).split(micro_batch)]
         assert micro_batch == 8 or len(set(tokens)) > 1, "micro-batches should have unequal lengths"
-        ppo_core.optimise(trained, torch.optim.SGD(trained.parameters(), lr=0.0), rollout, ONE, 0.3, s, stream())
-        gradients[micro_batch] = torch.cat([parameter.grad.flatten() for parameter in trained.parameters()])
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
+        optimizer.register_step_post_hook(lambda *_, of=micro_batch, trained=trained: gradients.update(
+            {of: torch.cat([parameter.grad.flatten() for parameter in trained.parameters()])}))
+        ppo_core.optimise(trained, optimizer, rollout, ONE, 0.3, s, stream())
     for micro_batch in (4, 2):
         assert (gradients[micro_batch] - gradients[8]).norm() < 1e-5 * gradients[8].norm()
 

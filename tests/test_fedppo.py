@@ -515,12 +515,15 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 fedppo.keep_memory()
 start = resident()
-x = torch.ones(200 * 2**18)
+x = [torch.ones(10 * 2**18) for _ in range(20)]
 del x
 kept = resident() - start
 fedppo.give_back()
-print(kept, resident() - start)
+left = resident() - start
+x = torch.ones(200 * 2**18)
+del x
+print(kept, left, resident() - start)
 """
     process = subprocess.run([sys.executable, "-c", code], cwd=fedppo.HERE, capture_output=True, text=True, check=True)
-    kept, left = map(float, process.stdout.split())
-    assert kept > 150 and left < 50
+    kept, left, large = map(float, process.stdout.split())
+    assert kept > 150 and left < 50 and large < 50, "many small tensors are kept, a large one is not"

@@ -555,11 +555,14 @@ def plain_loss(policy, old, references, weights, rollout, settings, beta):
 
 
 def summed_gradient(policy, rollout, weights, settings, beta=0.3):
-    """The gradient that optimise left in the policy at its last step, as one vector; and the metrics."""
-    policy = copy.deepcopy(policy)
-    metrics = optimise(policy, torch.optim.SGD(policy.parameters(), lr=1e-3), rollout, weights, beta, settings,
-                       torch.Generator().manual_seed(0))
-    return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]), metrics
+    """The gradient of optimise's last step, as one vector; and the metrics."""
+    policy, steps = copy.deepcopy(policy), []
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
+    optimizer.register_step_post_hook(lambda *_: steps.append(
+        torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])))
+    metrics = optimise(policy, optimizer, rollout, weights, beta, settings, torch.Generator().manual_seed(0))
+    assert all(parameter.grad is None for parameter in policy.parameters()), "no memory is held between updates"
+    return steps[-1], metrics
 
 
 @pytest.mark.parametrize("penalty, estimator", [("loss", "exact"), ("both", "exact"), ("reward", "k1")])
@@ -667,6 +670,29 @@ def test_the_value_loss_reaches_the_trunk_but_not_the_logits(toy_policy, small_s
         loss, _ = ppo_loss(policy, batch_of(rollout, zero, one), weights, 0.0, torch.ones(()), s)
         grads = torch.autograd.grad(loss, list(parameters.parameters()), materialize_grads=True)
         assert any(grad.any() for grad in grads) == reached
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embed_and_project_sum_the_gradients_that_torch_makes(tied):
+    """Three micro-batches, of which the first finds no gradient; against nn.Embedding and nn.Linear."""
+    sizes, ids = (11, 4), torch.randint(0, 11, (3, 2, 5), generator=torch.Generator().manual_seed(0))
+    pulls, found = randn(2, 3, 2, 5, 11), []
+    for fast in (True, False):
+        table = randn(0, *sizes).requires_grad_()
+        matrix = table if tied else randn(1, *sizes).requires_grad_()
+        for tokens, pull in zip(ids, pulls, strict=True):
+            if fast:
+                logits = ppo_core.Project.apply(ppo_core.Embed.apply(tokens, table).tanh(), matrix)
+            else:
+                logits = nn.functional.linear(nn.functional.embedding(tokens, table).tanh(), matrix)
+            (logits * pull).sum().backward()
+        found.append((logits, table.grad, matrix.grad))
+    for fast, slow in zip(*found, strict=True):
+        close(fast, slow)
+    kept = matrix.detach().clone().requires_grad_(False)  # a frozen matrix, as a reference's, has and needs none
+    hidden = randn(3, 2, 5, 4).requires_grad_()
+    ppo_core.Project.apply(hidden, kept).sum().backward()
+    assert kept.grad is None and hidden.grad.any()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
