@@ -109,7 +109,8 @@ class Settings:
     threads: int = setting(1, "CPU threads of torch; 0: torch decides. One is best for a tiny model; results are equal "
                            "to the bit only for equal numbers", pythia=0, group="run")
     workers: int = setting(0, "processes in which agents train side by side; the results are those of one, to the bit. "
-                           "More than one needs Linux, no GPU and --threads 1; 0: there one per core, else one",
+                           "More than one needs Linux, no GPU and --threads 1; 0: there one per core, else one, and one "
+                           "with a --reward or --judge of your own, whose state and connections a copy may break",
                            group="run")
     dtype: str = setting("float32", "of the policies' matrix products; the weights are float32 in any case. With "
                          "bfloat16 log-probs have errors, of about 0.01 on the model of tiny and more where logits are "
@@ -401,8 +402,9 @@ def can_fork(s: Settings) -> bool:
 
 
 def workers(s: Settings) -> int:
-    """In how many processes agents train at once."""
-    return s.workers or (len(os.sched_getaffinity(0)) if can_fork(s) else 1)
+    """In how many processes agents train at once. A user's own function may hold what no fork survives: then in one."""
+    own = any(".py:" in spec and not embedded(spec.rpartition(":")[0]) for spec in (s.reward, s.judge))
+    return s.workers or (len(os.sched_getaffinity(0)) if can_fork(s) and not own else 1)
 
 
 def side_by_side(jobs: list[Callable[[], typing.Any]], at_once: int) -> Iterator[typing.Any]:
@@ -430,12 +432,13 @@ def side_by_side(jobs: list[Callable[[], typing.Any]], at_once: int) -> Iterator
                     results[running[inlet][0]] = received(inlet)
                     running.pop(inlet)[1].join()
             result, error = results.pop(i)
-            if error:
+            if error is not None:
                 raise error
             yield result
     finally:
         for _, process in running.values():
             process.kill()
+        for _, process in running.values():
             process.join()
 
 
@@ -443,10 +446,11 @@ def received(inlet: multiprocessing.connection.Connection) -> tuple[typing.Any, 
     """What a forked copy sent: the result of its job, or the exception that it raised."""
     with inlet:
         try:
-            return pickle.loads(inlet.recv_bytes())
-        except EOFError:
+            answer = inlet.recv_bytes()
+        except (EOFError, OSError):  # the latter where it died while it sent
             return None, UserError("a worker process was killed, as a rule because memory was short: fewer --workers "
                                    "need less, also with --resume")
+    return pickle.loads(answer)
 
 
 def in_a_copy(job: Callable[[], typing.Any], outlet: multiprocessing.connection.Connection, parent: int) -> None:
@@ -1411,10 +1415,26 @@ def use_onednn(width: int) -> None:
             torch.set_float32_matmul_precision("highest")
 
 
+def bfloat16_cost(width: int) -> float:
+    """Seconds of a bfloat16 matrix product of models `width` wide on this CPU, in those of a float32 one.
+
+    Many, on one without instructions for it.
+    """
+    def best(dtype: torch.dtype) -> float:
+        a, b, seconds = torch.ones(64, width, dtype=dtype), torch.ones(4 * width, width, dtype=dtype), []
+        for _ in range(5):
+            started = time.perf_counter()
+            a @ b.T
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+    return best(torch.bfloat16) / best(torch.float32)
+
+
 def load_world(s: Settings, reason: str) -> World:
     """Load what all seeds start from, and say what is run on what. Raises UserError, also for a seed's lack of data."""
     keep_memory()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns of every fork
+    if workers(s) > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     if s.threads:
         torch.set_num_threads(s.threads)
     print(f"preset {s.preset}: {reason}; {_show(s.model)} on {s.device}")
@@ -1428,6 +1448,9 @@ def load_world(s: Settings, reason: str) -> World:
     world = World(s)
     if s.device == "cpu":
         use_onednn(world.model.config.hidden_size)
+        if s.dtype == "bfloat16" and (cost := bfloat16_cost(world.model.config.hidden_size)) > 2:
+            print(f"warning: a matrix product in bfloat16 takes {cost:.0f} times as long as in float32 on this "
+                  "processor")
     if world.device.type == "cuda":
         prompts = data.pad(list(world.prompt_ids.values())[:s.batch], world.pad_id, "left", world.device)
         print(graphs.bind(world.initial, *prompts, s.response_length, temperature=s.temperature, eos_id=world.eos_id,
@@ -1497,7 +1520,11 @@ def stop_after_an_update(run: Run):
     """The first SIGINT (Ctrl-C) or SIGTERM lets the update in hand end and be saved; a second one stops at once,
     and so does the first before anything is trained.
     """
+    owner = os.getpid()
+
     def ask(number: int, frame) -> None:
+        if os.getpid() != owner:  # a forked copy that has not yet set its own: the signal is its parent's
+            return
         if run.stop or not run.rows:
             raise KeyboardInterrupt(number)
         run.stop = number

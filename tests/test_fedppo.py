@@ -487,6 +487,14 @@ def test_onednn_is_for_wide_models_and_taken_back_where_it_rounds(precision, mon
     assert precision() == "highest"
 
 
+@pytest.mark.parametrize("dtype, cost, told", [("bfloat16", 3.0, True), ("bfloat16", 1.0, False),
+                                                ("float32", 3.0, False)])
+def test_a_processor_without_bfloat16_is_told_of(small_settings, precision, monkeypatch, capsys, dtype, cost, told):
+    monkeypatch.setattr(fedppo, "bfloat16_cost", lambda width: cost)
+    fedppo.load_world(small_settings(dtype=dtype), "")
+    assert ("takes 3 times as long as in float32" in capsys.readouterr().out) == told
+
+
 def test_bfloat16_logprobs_are_as_near_as_the_help_says(tiny_world):
     """--dtype: an error of about 0.01 on average; products are in bfloat16, weights and results are not."""
     policy = tiny_world.new_policy()

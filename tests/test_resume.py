@@ -386,6 +386,10 @@ def test_a_run_killed_twenty_times_ends_like_one_that_was_not(tmp_path, unstoppe
 # --------------------------------------------------------------------------------------- agents side by side
 
 
+needs_fork = pytest.mark.skipif(sys.platform != "linux" or torch.accelerator.is_available(),
+                                reason="agents train side by side on Linux, without a GPU")
+
+
 def run_in_copies(tmp_path, monkeypatch, update, code: int) -> Path:
     """A run of two workers whose copies have `update(original, agent, run, *args)` for Agent.update -> its folder."""
     runs, original, start = [], fedppo.Agent.update, fedppo.Run.__init__
@@ -401,6 +405,7 @@ def run_in_copies(tmp_path, monkeypatch, update, code: int) -> Path:
     return tmp_path / "run"
 
 
+@needs_fork
 def test_agents_side_by_side_are_those_of_one_process(tmp_path, monkeypatch, unstopped):
     here = os.getpid()
 
@@ -410,6 +415,7 @@ def test_agents_side_by_side_are_those_of_one_process(tmp_path, monkeypatch, uns
     assert outcome(run_in_copies(tmp_path, monkeypatch, update, 0)) == unstopped
 
 
+@needs_fork
 @pytest.mark.parametrize("agent, number", [pytest.param(0, 1, marks=pytest.mark.slow), (1, 3)])
 def test_a_signal_stops_all_copies_after_their_update(tmp_path, monkeypatch, unstopped, capfd, agent, number):
     """It comes in the first update of a round of one agent; the other may then be in any of that round's two."""
@@ -432,6 +438,7 @@ def test_a_signal_stops_all_copies_after_their_update(tmp_path, monkeypatch, uns
     assert in_order(outcome(folder)) == in_order(unstopped)
 
 
+@needs_fork
 def test_a_killed_copy_ends_the_run_in_one_line(tmp_path, monkeypatch, unstopped, capfd):
     def update(original, agent, run, *args):
         if (agent.index, agent.done) == (1, 3):
@@ -444,6 +451,7 @@ def test_a_killed_copy_ends_the_run_in_one_line(tmp_path, monkeypatch, unstopped
     assert outcome(folder) == unstopped
 
 
+@needs_fork
 def test_jobs_side_by_side_keep_their_order_and_leave_nothing_behind():
     def job(number: int):
         return number, os.getpid()
@@ -474,10 +482,12 @@ def test_workers_that_cannot_be(flags, told, capfd):
     assert told in capfd.readouterr().err
 
 
+@needs_fork
 def test_workers_are_one_per_core_where_they_can_be(monkeypatch):
     settings, _ = fedppo.parse(["--preset", "tiny", "--device", "cpu"])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     assert fedppo.workers(settings) == 3
+    assert fedppo.workers(dataclasses.replace(settings, reward="mine.py:score")) == 1
     assert fedppo.workers(dataclasses.replace(settings, workers=2)) == 2
     assert fedppo.workers(dataclasses.replace(settings, threads=0)) == 1
     for owner, name, value in ((sys, "platform", "darwin"), (torch.accelerator, "is_available", lambda: True)):
