@@ -109,8 +109,8 @@ class Settings:
     threads: int = setting(1, "CPU threads of torch; 0: torch decides. One is best for a tiny model; results are equal "
                            "to the bit only for equal numbers", pythia=0, group="run")
     workers: int = setting(0, "processes in which agents train side by side; the results are those of one, to the bit. "
-                           "More than one needs Linux, no GPU and --threads 1; 0: there one per core, else one; one too "
-                           "with a --reward or --judge of your own, whose state and connections a copy may break",
+                           "More than one needs Linux, no GPU and --threads 1; 0: there one per core, else one; one "
+                           "also with a --reward or --judge of your own, whose state and connections a copy may break",
                            group="run")
     dtype: str = setting("float32", "of the policies' matrix products; the weights are float32 in any case. With "
                          "bfloat16 log-probs have errors, of about 0.01 on the model of tiny and more where logits are "
