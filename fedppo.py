@@ -50,6 +50,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -275,7 +276,8 @@ def _resumed(given: dict) -> tuple[Settings, str]:
     if (Path(given["resume"]) / "summary.json").exists():
         raise UserError(f"--resume {given['resume']}: this run is finished")
     for name, value in given.items():
-        if name not in ("resume", *movable) and value != "auto" and value != values[name]:
+        decided = value == "auto" or (name, value) == ("micro_batch", 0)  # by the program, as it was
+        if name not in ("resume", *movable) and not decided and value != values[name]:
             raise UserError(f"--{name.replace('_', '-')} {_show(value)} differs from the run's {_show(values[name])}: "
                             "--resume continues with the settings in its config.json")
     for name in ("judge", "reward"):  # a folder can come from elsewhere: code that it names is not run
@@ -283,6 +285,8 @@ def _resumed(given: dict) -> tuple[Settings, str]:
             raise UserError(f"--resume {given['resume']}: the run's --{name} is the function {values[name]}; a folder "
                             "is not trusted to name code, so give the flag again")
     settings = dataclasses.replace(settings, **{name: given[name] for name in ("resume", *movable) if name in given})
+    if "workers" not in given and not can_fork(settings):
+        settings = dataclasses.replace(settings, workers=0)
     try:
         settings = replace_auto(settings)
         check_settings(settings)
@@ -411,8 +415,8 @@ def side_by_side(jobs: list[Callable[[], typing.Any]], at_once: int) -> Iterator
     """Results of independent jobs, in the order of `jobs`: each in a forked copy of this process, `at_once` at a time.
 
     A copy sees all that is in memory when it begins, and what it changes is lost with it: the result alone comes back.
-    One job, or one at a time, runs in this process when its turn comes. Raises what a job raises, and UserError if its
-    process was killed.
+    One job, or one at a time, runs in this process when its turn comes. Raises what `in_a_copy` sends of a job's error,
+    and UserError if its process was killed.
     """
     if min(at_once, len(jobs)) <= 1:
         yield from (job() for job in jobs)
@@ -454,7 +458,10 @@ def received(inlet: multiprocessing.connection.Connection) -> tuple[typing.Any, 
 
 
 def in_a_copy(job: Callable[[], typing.Any], outlet: multiprocessing.connection.Connection, parent: int) -> None:
-    """The life of a forked copy: one job, whose result or exception is sent back."""
+    """The life of a forked copy: one job, whose result or exception is sent back.
+
+    Errors that `main` knows come back as they are. Any other is a bug: its traceback, which would be lost, as text.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # they are for the parent, which tells (`Run.stop`) or kills
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it holds the run's lock, so must not outlive it
@@ -462,8 +469,10 @@ def in_a_copy(job: Callable[[], typing.Any], outlet: multiprocessing.connection.
         return
     try:
         answer = pickle.dumps((job(), None))
-    except Exception as error:
+    except (UserError, FloatingPointError) as error:
         answer = pickle.dumps((None, error))
+    except Exception:
+        answer = pickle.dumps((None, RuntimeError(f"in a worker process\n{traceback.format_exc()}")))
     outlet.send_bytes(answer)
 
 
@@ -922,8 +931,9 @@ def local_ppo(agents: list[Agent], frozen: list[ppo_core.Policy], last: int, tas
             yield metrics | {"update": agent.done, "judge": judged, "bytes": agent.received,
                              "missed": agent.diverged or agent.missed}, samples
 
-    def in_a_copy_of(agent: Agent) -> tuple[list[tuple], dict]:
-        return list(updates(agent)), agent.state_dict()
+    def in_a_copy_of(agent: Agent) -> tuple[list[tuple], dict | None]:
+        history = list(updates(agent))
+        return history, agent.state_dict() if history else None  # a stop may have come before its first update
 
     at_once = min(workers(agents[0].settings), len(agents))
     if at_once == 1:
@@ -934,7 +944,8 @@ def local_ppo(agents: list[Agent], frozen: list[ppo_core.Policy], last: int, tas
     jobs = [functools.partial(in_a_copy_of, agent) for agent in agents]
     with contextlib.closing(side_by_side(jobs, at_once)) as results:
         for agent, (history, state) in zip(agents, results, strict=True):
-            agent.load_state_dict(state)
+            if state:
+                agent.load_state_dict(state)
             for metrics, samples in history:
                 yield agent, metrics, samples
 

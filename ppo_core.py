@@ -284,6 +284,8 @@ class Project(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden, weight = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:  # a frozen head
+            return grad @ weight, None
         factors = grad.flatten(0, 1).T, hidden.flatten(0, 1)
         if weight.grad is None:
             return grad @ weight, torch.mm(*factors)

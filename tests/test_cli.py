@@ -489,7 +489,8 @@ def test_resume_refuses_a_flag_that_conflicts_and_takes_one_that_does_not(stoppe
     assert fedppo.main(["--resume", str(stopped), "--agents", "2", "--mode", "federated", "--device", "cpu"]) == 0
 
 
-@pytest.mark.parametrize("flags", [["--device", "auto"], ["--preset", "auto"], ["--estimator", "auto"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--device", "auto"], ["--preset", "auto"], ["--estimator", "auto"],
+                                   ["--micro-batch", "0"]], ids=" ".join)
 def test_resume_takes_auto_for_what_it_became(stopped, flags):
     """The command that started a run, with --resume behind it, resumes it."""
     fedppo.parse(["--resume", str(stopped), *flags])

@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -407,7 +408,9 @@ def run_in_copies(tmp_path, monkeypatch, update, code: int) -> Path:
 
 @needs_fork
 def test_agents_side_by_side_are_those_of_one_process(tmp_path, monkeypatch, unstopped):
-    here = os.getpid()
+    """Even if every copy gets a signal, as of a Ctrl-C to the whole group, before it can ignore it."""
+    here, in_a_copy = os.getpid(), fedppo.in_a_copy
+    monkeypatch.setattr(fedppo, "in_a_copy", lambda *args: (os.kill(os.getpid(), signal.SIGINT), in_a_copy(*args)))
 
     def update(original, agent, run, *args):
         assert os.getpid() != here
@@ -473,6 +476,30 @@ def test_jobs_side_by_side_keep_their_order_and_leave_nothing_behind():
     next(results)
     results.close()
     assert not multiprocessing.active_children()
+
+
+class Odd(Exception):
+    """Can be pickled, and then not be read again."""
+
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+@needs_fork
+def test_a_bug_in_a_copy_comes_back_with_its_traceback():
+    def fails():
+        raise Odd("the cause", 2)
+    with pytest.raises(RuntimeError, match="(?s)in fails.*Odd: the cause"):
+        list(fedppo.side_by_side([fails, fails], 2))
+
+
+@pytest.mark.parametrize("sent", [b"", struct.pack("!i", 100) + b"half of it"])
+def test_a_copy_that_dies_while_it_sends_was_killed(sent):
+    inlet, outlet = multiprocessing.Pipe(duplex=False)
+    os.write(outlet.fileno(), sent)
+    outlet.close()
+    result, error = fedppo.received(inlet)
+    assert result is None and "fewer --workers" in str(error)
 
 
 @pytest.mark.parametrize("flags, told", [
