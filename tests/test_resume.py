@@ -237,7 +237,8 @@ def test_a_stop_before_the_first_update_trains_none(tmp_path, monkeypatch, capfd
 
 @pytest.mark.slow
 def test_a_stop_where_all_have_diverged_does_not_end_well(tmp_path, monkeypatch, capfd):
-    flags = [*FLAGS[:FLAGS.index("--mode")], "--lr", "1e30", "--rounds", "1", "--out", str(tmp_path), "--name", "run"]
+    flags = [*FLAGS[:FLAGS.index("--mode")], "--workers", "1", "--lr", "1e30", "--rounds", "1", "--out", str(tmp_path),
+             "--name", "run"]
     assert fedppo.main(flags) == 1
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
     original, calls = fedppo.Agent.update, []
