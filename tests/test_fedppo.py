@@ -528,7 +528,7 @@ del x
 kept = resident() - start
 fedppo.give_back()
 left = resident() - start
-x = torch.ones(200 * 2**18)
+x = torch.ones(400 * 2**18)  # more than the hole that the small ones left
 del x
 print(kept, left, resident() - start)
 """
