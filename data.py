@@ -25,6 +25,7 @@ import random
 import re
 import sys
 import threading
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -74,7 +75,8 @@ def _pair(row: dict, split: str, number: int, labelled: bool) -> Pair:
     missing = [name for name in needed if name not in row]
     if missing:
         raise UserError(f"split {split!r} has no column {missing[0]!r}: it needs {', '.join(needed)}, "
-                        f"and has {', '.join(row)}")
+                        f"and has {', '.join(row)}" + " (prompt alone is enough for a --reward that is a rule, with a "
+                        "--judge that is one too, or none)" * (missing[0] != "prompt"))
     try:
         answers = [_text(row[name], "assistant") for name in needed[1:]] or ["", ""]
         pair = Pair(_text(row["prompt"], "user"), *answers, split)
@@ -114,6 +116,8 @@ def _tables(name: str) -> dict[str, list[dict]]:
         return {path.stem: _read_jsonl(path)}
     if jsonl := sorted(path.glob("*.jsonl")):
         return {file.stem: _read_jsonl(file) for file in jsonl}
+    if not path.exists() and (path.suffix in (".jsonl", ".json") or name.startswith(("/", ".", "~"))):
+        raise UserError(f"--dataset {name}: there is no such file or folder")
     if path.exists() and not path.is_dir():
         raise UserError(f"dataset {name!r} is a file but not .jsonl: give a .jsonl file or a folder")
     try:
@@ -194,9 +198,9 @@ def _shard(rows: list[Pair], n_pairs: int, who: str, taken: str) -> Shard:
     n_heldout = min(256, max(1, len(rows) // 5))
     train = rows[n_heldout:n_heldout + n_pairs]
     if len(train) < n_pairs:
-        remedy = f"lower --pairs to {len(train)} or" if train else "lower --agents or"
+        remedy = f"lower --pairs to {len(train)}" if train else "lower --agents"
         raise UserError(f"{who} has {len(rows)} usable preference rows ({taken}), {n_heldout} of them held out, and "
-                        f"--pairs asks for {n_pairs}: {remedy} use more data")
+                        f"--pairs asks for {n_pairs}: {remedy}, lower --eval-prompts, or use more data")
     return Shard(prompts, train, rows[:n_heldout])
 
 
@@ -230,6 +234,8 @@ def make_shards(pairs: list[Pair], n_agents: int, how: str, n_pairs: int, n_eval
             sharers = range(i % len(splits), n_agents, len(splits))  # the agents of this split
             dealt.append(own[sharers.index(i)::len(sharers)])
     taken = f"of {len(pairs)}, after those of {n_eval} evaluation prompts and {n_judge} for the judge"
+    fewest = min(range(n_agents), key=lambda i: len(dealt[i]))  # an error should speak of all agents
+    _shard(dealt[fewest], n_pairs, f"agent {fewest}", taken)
     return eval_prompts, [_shard(own, n_pairs, f"agent {i}", taken) for i, own in enumerate(dealt)], judge_rows
 
 
@@ -377,8 +383,10 @@ def text_scorer(function: Callable, name: str, tokenizer) -> Scorer:
         try:
             scores = torch.as_tensor(function(*texts, ended), dtype=torch.float32).to(response_ids.device)
         except (Exception, SystemExit) as error:  # the function is the user's: whatever it raises is said in one line
+            where = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(f"{name} must take lists (prompts, responses, ended) and return one finite number per "
-                            f"response, and failed with {type(error).__name__}: {error}") from None
+                            f"response, and failed with {type(error).__name__}: {error} ({where.filename}, line "
+                            f"{where.lineno})") from None
         if scores.shape != (len(response_ids),) or not torch.isfinite(scores).all():
             raise UserError(f"{name} must return one finite number per response: for {len(response_ids)} it returned "
                             f"shape {list(scores.shape)}, {int((~torch.isfinite(scores)).sum())} of them not finite")
@@ -407,12 +415,12 @@ def _function(spec: str) -> Callable:
         module_spec = importlib.util.spec_from_file_location(key, file)
         module = sys.modules[key] = importlib.util.module_from_spec(module_spec)  # dataclasses look there
         module_spec.loader.exec_module(module)
-        function = getattr(module, name)
-        if not callable(function):
-            raise TypeError(f"{name} is no function")
-        return function
+        function = getattr(module, name, None)
     except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is said in one line
         raise UserError(f"{spec!r} cannot be loaded: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise UserError(f"{spec!r}: {file} has no function {name!r}")
+    return function
 
 
 def _classifier(folder: str, device: torch.device | str) -> Callable:

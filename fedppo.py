@@ -274,14 +274,15 @@ def _resumed(given: dict) -> tuple[Settings, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {given['resume']}: no readable config.json of a run ({error})") from None
     if (Path(given["resume"]) / "summary.json").exists():
-        raise UserError(f"--resume {given['resume']}: this run is finished")
+        raise UserError(f"--resume {given['resume']}: this run is finished, its results are in there; more rounds are "
+                        "a run of their own")
     for name, value in given.items():
         decided = value == "auto" or (name, value) == ("micro_batch", 0)  # by the program, as it was
         if name not in ("resume", *movable) and not decided and value != values[name]:
             raise UserError(f"--{name.replace('_', '-')} {_show(value)} differs from the run's {_show(values[name])}: "
                             "--resume continues with the settings in its config.json")
     for name in ("judge", "reward"):  # a folder can come from elsewhere: code that it names is not run
-        if ".py:" in values[name] and name not in given and not embedded(values[name].rpartition(":")[0]):
+        if own_code(values[name]) and name not in given:
             raise UserError(f"--resume {given['resume']}: the run's --{name} is the function {values[name]}; a folder "
                             "is not trusted to name code, so give the flag again")
     settings = dataclasses.replace(settings, **{name: given[name] for name in ("resume", *movable) if name in given})
@@ -301,6 +302,17 @@ def _resumed(given: dict) -> tuple[Settings, str]:
 def embedded(path: str) -> bool:
     """Whether a model or dataset is that of the tiny world."""
     return HERE / "tiny" in Path(at_home(path)).resolve().parents
+
+
+def own_code(spec: str) -> bool:
+    """Whether a reward or judge is a function of the user's."""
+    return ".py:" in spec and not embedded(spec.rpartition(":")[0])
+
+
+def to_resume(s: Settings, folder: Path | str) -> list[str]:
+    """The flags that continue a run."""
+    own = {"--reward": s.reward, "--judge": s.judge}
+    return ["--resume", str(folder), *(word for flag in own.items() if own_code(flag[1]) for word in flag)]
 
 
 def choose_preset(given: dict) -> tuple[str, str]:
@@ -407,7 +419,7 @@ def can_fork(s: Settings) -> bool:
 
 def workers(s: Settings) -> int:
     """In how many processes agents train at once. A user's own function may hold what no fork survives: then in one."""
-    own = any(".py:" in spec and not embedded(spec.rpartition(":")[0]) for spec in (s.reward, s.judge))
+    own = own_code(s.reward) or own_code(s.judge)
     return s.workers or (len(os.sched_getaffinity(0)) if can_fork(s) and not own else 1)
 
 
@@ -1052,6 +1064,11 @@ def preflight(world: World, task: Task) -> list[Check]:
         Check("EOS can be sampled, largest probability", worst(all_logprobs[..., world.eos_id].exp()), 1e-4,
               "the model has not learned to end: a longer --response-length, or --missing-eos-penalty 0", floor=True,
               fatal=False)]
+    unknown, tokens = world.tokenizer.unk_token_id, [id for ids in world.prompt_ids.values() for id in ids]
+    if unknown is not None:
+        checks.append(Check("share of prompt tokens that the vocabulary does not know",
+                            tokens.count(unknown) / len(tokens), 0.01, "the model's tokenizer is for other text",
+                            fatal=False))
     models = {f"agent {i}'s reward model": fit for i, fit in enumerate(task.accuracies)}
     for name, fit in (models | {"the judge": task.judge_accuracy}).items():
         if fit is not None:
@@ -1486,6 +1503,7 @@ def execute(s: Settings, reason: str) -> None:
     world = load_world(s, reason)
     if s.check:
         report(world, preflight(world, make_task(world, s.seeds[0], s.mode[0] == "centralized")))
+        print("no fatal check failed: without --check it would train")
         return
     run = None
     try:
@@ -1502,7 +1520,7 @@ def execute(s: Settings, reason: str) -> None:
     except OSError as error:  # a full disk, as a rule
         folder = run.folder if run else s.resume
         room = "make room and " * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        again = f"continue with --resume {folder}" if folder else "start again"
+        again = f"continue with {shlex.join(to_resume(s, folder))}" if folder else "start again"
         raise UserError(f"{error.filename or folder}: {error.strerror or error}; {room}{again}") from None
     except FloatingPointError as error:
         last = run.rows[-1]
@@ -1514,7 +1532,8 @@ def execute(s: Settings, reason: str) -> None:
         run.bar.close()
         where = "starts over" if not run.checkpoints() else (
             "continues after this update" if isinstance(stop, Stopped) else "continues from the last checkpoint")
-        print(f"\ninterrupted: {shlex.join([sys.executable, sys.argv[0], '--resume', str(run.folder)])} {where}")
+        command = shlex.join([sys.executable, sys.argv[0], *to_resume(s, run.folder)])
+        print(f"\ninterrupted: {command} {where}")
         raise
     finally:
         if run:

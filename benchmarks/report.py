@@ -1,4 +1,4 @@
-"""The tables and pictures of the study, from study.csv alone.
+"""The tables and pictures of the study, from study.csv and again.csv alone.
 
     python benchmarks/report.py [FOLDER]     default: benchmarks/results; study.py calls it when it is done
 
@@ -45,8 +45,9 @@ def join(numbers: Iterable[float]) -> str:
 class Study:
     """The rows of study.csv by arm, regime and stage. Runs that diverged have no scores and are counted apart."""
 
-    def __init__(self, folder: Path):
-        with (folder / "study.csv").open(newline="") as file:
+    def __init__(self, folder: Path, name: str = "study.csv"):
+        self.folder = folder
+        with (folder / name).open(newline="") as file:
             rows = list(csv.DictReader(file))
         self.rows = [row for row in rows if row["judge_final"]]
         self.diverged = [row for row in rows if not row["judge_final"]]
@@ -244,6 +245,22 @@ def goal_table(study: Study, stage: str) -> list[str]:
     return table("question | " + " | ".join(f"`{name}`" for name in SUBJECTS), lines)
 
 
+def again_table(study: Study) -> list[str]:
+    """The same seeds, run once more by later code (again.csv): levels, gains over `isolated`, and what has changed."""
+    if not (study.folder / "again.csv").exists():
+        return []
+    again, lines = Study(study.folder, "again.csv"), []
+    for arm in [arm for arm in again.arms if len(again.cell(arm, "headline", "confirm")) > 1]:
+        cells = [once.cell(arm, "headline", "confirm") for once in (again, study)]
+        both = np.array([[float(cell[seed]["judge_final"]) for seed in cells[0] if seed in cells[1]]
+                         for cell in cells])  # [2, S]
+        gains = ["–" if arm == "isolated" else difference(once.pairs(arm, "isolated", "headline", "confirm"))
+                 for once in (study, again)]
+        lines.append([f"`{arm}`", *(f"{plot.iqm(scores):.2f}" for scores in both[::-1]), *gains, difference(both)])
+    return table("arm | final score | again | minus `isolated`, seeds better | again | again minus before, seeds "
+                 "better", lines)
+
+
 def catch_up(study: Study, arm: str, other: str, stage: str) -> str:
     """Median over seeds of the updates at which `arm` first has the score that `other` ends with on the same seed."""
     first, second = study.cell(arm, "headline", stage), study.cell(other, "headline", stage)
@@ -266,7 +283,7 @@ def worse_agents(study: Study, arm: str, stage: str) -> str:
 
 
 def write(folder: Path) -> str:
-    """Make tables.md and the pictures from study.csv -> the tables."""
+    """Make tables.md and the pictures of a folder -> the tables."""
     study = Study(folder)
     text = tables(study)
     (folder / "tables.md").write_text(text)
@@ -277,13 +294,13 @@ def write(folder: Path) -> str:
 def tables(study: Study) -> str:
     """The text of tables.md."""
     lines = ["# Tables of the study", "",
-             "Made by `python benchmarks/report.py` from study.csv. Levels are interquartile means over seeds [95 % "
-             "bootstrap band], differences means over same-seed pairs [95 % band], with the number of seeds in which "
-             "the first is better; other columns are plain means where they do not say median. Bands are at the level "
-             "that covers 95 % with few seeds (expanded_level in plot.py) and not corrected for their number. The own "
-             "reward is z-scored for each reward model, so that `ensemble` and `centralized` have another scale than "
-             "the rest. With flipped labels only the three honest agents count; two communities are judged by the "
-             "common truth in the table of regimes, and by both in their own.",
+             "Made by `python benchmarks/report.py` from study.csv and again.csv. Levels are interquartile means over "
+             "seeds [95 % bootstrap band], differences means over same-seed pairs [95 % band], with the number of "
+             "seeds in which the first is better; other columns are plain means where they do not say median. Bands "
+             "are at the level that covers 95 % with few seeds (expanded_level in plot.py) and not corrected for their"
+             " number. The own reward is z-scored for each reward model, so that `ensemble` and `centralized` have "
+             "another scale than the rest. With flipped labels only the three honest agents count; two communities are"
+             " judged by the common truth in the table of regimes, and by both in their own.",
              "", f"{len(study.rows) + len(study.diverged)} runs, {len(study.diverged)} of them diverged and are left "
              f"out; {sum(float(row['seconds']) for row in study.rows) / 3600:.1f} hours of PPO updates on one core."]
     for title, rows in {
@@ -293,6 +310,7 @@ def tables(study: Study) -> str:
             "Details, confirmation seeds": detail_table(study, "confirm"),
             "On the agent's own topics, confirmation seeds": headline_table(study, "confirm", "own_topics"),
             "One policy for all, confirmation seeds": together_table(study, "confirm"),
+            "Confirmation seeds, run again by later code": again_table(study),
             "Headline, reported seeds": headline_table(study, "reported"),
             "Questions, reported seeds": goal_table(study, "reported"),
             "Details, reported seeds": detail_table(study, "reported"),

@@ -5,7 +5,7 @@
 
 In reading order
     1. arms and regimes       what is compared, and where: each is a line of fedppo.py's own flags
-    2. stages                 tune -> reported -> penalty -> confirm, and the seeds that each may use
+    2. stages                 tune -> reported -> penalty -> confirm -> again, and the seeds that each may use
     3. labels                 how two communities and a flipped annotator label the same pairs
     4. one run                fedppo.train with a recorder in place of a run's folder -> one row of study.csv
     5. schedule               one process of one thread per core, rows appended as they are finished
@@ -17,11 +17,12 @@ were not run, they are, so that the best cell of that seed lies at no edge. Its 
 other TUNING seeds, and the highest mean is chosen (whose own neighbours may not have been run). chosen.json has every
 cell's scores. All other stages use these values on seeds that no
 choice was made on (penalty first tunes where the KL penalty is charged, likewise); CONFIRM seeds are run once, after
-everything was fixed.
+everything was fixed. The stage `again` runs the arms of the README's first screen on them once more, into again.csv:
+code that was only made faster since must find the same, within the noise of another sampling.
 
 A seed redraws every agent's data, reward models, evaluation prompts and sampling, and arms of one seed share them (but
 for the reward models that an arm defines itself: shared, ensemble, centralized). A row is known by its flags: after a
-change of the algorithm remove study.csv.
+change of the algorithm remove study.csv, after any other of the code again.csv.
 """
 
 import argparse
@@ -223,6 +224,10 @@ def confirm_jobs(chosen: dict[str, dict]) -> list[Job]:
     """The headline on seeds that nothing was looked at on, after the same and after twice the updates."""
     arms = {"headline": ARMS, "twice the updates": ABROAD}
     return [chosen_job(chosen, arm, regime, seed) for seed in CONFIRM for regime in arms for arm in arms[regime]]
+
+
+def again_jobs(chosen: dict[str, dict]) -> list[Job]:
+    return [j for j in confirm_jobs(chosen) if j.regime == "headline" and j.arm in report.IN_SHORT]
 
 
 def chosen_job(chosen: dict[str, dict], arm: str, regime: str, seed: int) -> Job:
@@ -466,7 +471,7 @@ def complete(path: Path, jobs: list[Job], stage: str, processes: int, run: Calla
 
 # ------------------------------------------------------------------------------------------------------------ main
 
-STAGES = ("tune", "reported", "penalty", "confirm")
+STAGES = ("tune", "reported", "penalty", "confirm", "again")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -504,6 +509,8 @@ def staged(results: Path, stages: list[str], processes: int) -> None:
                         for arm in PENALTY_ARMS], "penalty", processes)
     if "confirm" in stages:
         complete(path, confirm_jobs(json.loads(chosen_path.read_text())), "confirm", processes)
+    if "again" in stages:
+        complete(results / "again.csv", again_jobs(json.loads(chosen_path.read_text())), "again", processes)
 
 
 def tune(path: Path, chosen_path: Path, arms: Iterable[str], processes: int) -> None:

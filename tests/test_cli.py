@@ -218,6 +218,8 @@ def test_too_few_prompts_or_pairs_say_what_to_lower(refused):
     assert "40 distinct prompts" in line and "--eval-prompts" in line
     line = refused("--pairs", "30")
     assert "--pairs" in line and "30" in line and "lower --pairs to 16" in line  # 38 rows: 19 each, 3 of them held out
+    line = refused("--pairs", "30", "--eval-prompts", "3")
+    assert "agent 1 has 18" in line and "lower --pairs to 15, lower --eval-prompts" in line, "37 rows: of 19 and 18"
 
 
 def test_what_fits_is_told_right(base, capfd):
@@ -262,6 +264,8 @@ def test_a_missing_model_says_how_to_get_one(refused, tmp_path):
 def test_what_is_no_dataset_is_refused(refused, tmp_path):
     line = refused("--dataset", "nobody/nothing")
     assert "'nobody/nothing'" in line and "hf download --repo-type dataset nobody/nothing" in line
+    for name in (tmp_path / "gone", "gone.jsonl", "./nobody/nothing"):
+        assert f"--dataset {name}: there is no such file" in refused("--dataset", name)
     (tmp_path / "text.txt").write_text("hello")
     assert "text.txt" in refused("--dataset", tmp_path / "text.txt")
     (tmp_path / "empty").mkdir()
@@ -397,7 +401,8 @@ number = 3
 @pytest.mark.parametrize("function, says", [("raises", "no lexicon"), ("short", "one finite number per response"),
                                             ("nothing", "one finite number per response"), ("infinite", "finite"),
                                             ("nan", "finite"), ("words", "one finite number"), ("leaves", "SystemExit"),
-                                            ("takes_two", "takes_two"), ("number", "number"), ("gone", "gone")])
+                                            ("takes_two", "takes_two"), ("number", "has no function 'number'"),
+                                            ("gone", "has no function 'gone'"), ("raises", "mine.py, line")])
 def test_a_judge_or_reward_that_fails_is_named(base, tmp_path, capfd, role, function, says):
     """A bar may stand on stderr by then, so the error is its last line; the folder's name is free again."""
     file = tmp_path / "mine.py"
@@ -503,7 +508,7 @@ def test_resume_of_a_finished_run_leaves_it_as_it_is(base, tmp_path, capfd):
     capfd.readouterr()
     assert fedppo.main(["--resume", str(folder)]) == 2
     errors = capfd.readouterr().err.splitlines()
-    assert len(errors) == 1 and errors[0].startswith("error: ") and str(folder) in errors[0]
+    assert len(errors) == 1 and f"--resume {folder}: this run is finished" in errors[0]
     assert {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -663,6 +668,27 @@ def test_a_reward_that_is_a_rule_needs_prompts_alone(base, tmp_path):
                         str(tmp_path / "rule.py") + ":words"]) == 0
     row = json.loads((tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["reward_accuracy"] is None
+
+
+def test_prompts_alone_are_too_little_for_a_fitted_judge(refused, tmp_path):
+    worlds.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"The room {i} was"} for i in range(9)])
+    (tmp_path / "rule.py").write_text("def words(prompts, responses, ended):\n    return [len(r) for r in responses]\n")
+    line = refused("--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path}/rule.py:words", "--judge",
+                   "heldout")
+    assert "no column 'chosen'" in line and "--judge that is one too, or none" in line
+
+
+def test_text_that_the_vocabulary_does_not_know_is_warned_of(tmp_path, capfd):
+    """The tiny model's vocabulary is the words of its world."""
+    flags = ["--out", str(tmp_path), "--agents", "2", "--pairs", "10", "--eval-prompts", "2", "--reward-epochs", "1",
+             "--model", "tiny/model", "--check"]
+    assert fedppo.main(flags) == 0
+    said = capfd.readouterr().out
+    assert "ok    share of prompt tokens that the vocabulary does not know: 0 " in said
+    assert "no fatal check failed" in said
+    foreign = worlds.write_jsonl(tmp_path / "rows.jsonl", worlds.text_rows(60))
+    assert fedppo.main([*flags, "--dataset", str(foreign)]) == 0
+    assert "WARN  share of prompt tokens that the vocabulary does not know" in capfd.readouterr().out
 
 
 def test_the_accuracy_of_every_fitted_model_is_checked_and_kept(base, tmp_path, capfd):

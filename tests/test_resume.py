@@ -308,8 +308,12 @@ def test_code_that_a_run_folder_names_is_not_run_unless_the_user_names_it_again(
         assert f"--{name} is the function {rule}:words" in capfd.readouterr().err
         settings, _ = fedppo.parse(["--resume", str(folder), f"--{name}", f"{rule}:words"])
         assert getattr(settings, name) == f"{rule}:words"
+        again = fedppo.to_resume(settings, folder)
+        assert again == ["--resume", str(folder), f"--{name}", f"{rule}:words"] and fedppo.parse(again)
     (folder / "config.json").write_text(json.dumps(config))
-    assert fedppo.parse(["--resume", str(folder)])[0].judge == "tiny/judge.py:score", "the embedded judge is our own"
+    settings = fedppo.parse(["--resume", str(folder)])[0]
+    assert settings.judge == "tiny/judge.py:score", "the embedded judge is our own"
+    assert fedppo.to_resume(settings, folder) == ["--resume", str(folder)]
 
 
 def test_reward_models_that_are_not_the_runs_own_are_noticed(stopped_in, monkeypatch, capfd):

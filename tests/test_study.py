@@ -297,6 +297,24 @@ def test_tables_and_pictures_of_a_known_study(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000 and (tmp_path / f"{name}.svg").exists()
 
 
+def test_runs_made_again_stand_beside_the_first_ones(tmp_path):
+    rows = study.load(results(tmp_path) / "study.csv")
+    assert "run again" not in report.tables(report.Study(tmp_path)), "there are none"
+    rows = [row | {"judge_final": str(float(row["judge_final"]) + 0.1 * (row["arm"] == "federated"))} for row in rows
+            if row["judge_final"] and row["regime"] == "headline" and row["seed"] > "3001"]
+    study.save(tmp_path / "again.csv", rows)
+    table = report.tables(report.Study(tmp_path)).split("run again by later code\n")[1].split("##")[0]
+    assert "| `isolated` | 0.55 | 0.55 | – | – | +0.00 [+0.00, +0.00], 3 of 6 |" in table, "the same seeds, all ties"
+    assert "| `federated` | 0.85 | 0.95 | +0.30 [+0.30, +0.30], 8 of 8 | +0.40 [+0.40, +0.40], 6 of 6 | " \
+           "+0.10 [+0.10, +0.10], 6 of 6 |" in table
+
+
+def test_the_runs_made_again_are_confirmed_ones():
+    chosen = {arm: {"beta": 0.1, "lr": 1e-3} for arm in study.ARMS}
+    again = study.again_jobs(chosen)
+    assert len(again) == len(study.CONFIRM) * len(report.IN_SHORT) and set(again) < set(study.confirm_jobs(chosen))
+
+
 def test_tables_of_a_study_that_has_hardly_begun(tmp_path):
     rows = study.load(results(tmp_path) / "study.csv")
     study.save(tmp_path / "study.csv", [row for row in rows if row["seed"] == "1000"])
