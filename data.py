@@ -383,10 +383,10 @@ def text_scorer(function: Callable, name: str, tokenizer) -> Scorer:
         try:
             scores = torch.as_tensor(function(*texts, ended), dtype=torch.float32).to(response_ids.device)
         except (Exception, SystemExit) as error:  # the function is the user's: whatever it raises is said in one line
-            where = traceback.extract_tb(error.__traceback__)[-1]
+            inside = [f" ({frame.filename}, line {frame.lineno})" for frame in
+                      traceback.extract_tb(error.__traceback__) if frame.filename != __file__][:1]
             raise UserError(f"{name} must take lists (prompts, responses, ended) and return one finite number per "
-                            f"response, and failed with {type(error).__name__}: {error} ({where.filename}, line "
-                            f"{where.lineno})") from None
+                            f"response, and failed with {type(error).__name__}: {error}{''.join(inside)}") from None
         if scores.shape != (len(response_ids),) or not torch.isfinite(scores).all():
             raise UserError(f"{name} must return one finite number per response: for {len(response_ids)} it returned "
                             f"shape {list(scores.shape)}, {int((~torch.isfinite(scores)).sum())} of them not finite")

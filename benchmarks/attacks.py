@@ -194,8 +194,8 @@ def tables(rows: list[dict]) -> str:
     return "\n".join(["# Agents that attack", "", "Made by `python benchmarks/attacks.py` from attacks.csv. Final "
                       "scores are interquartile means over seeds of the honest agents' mean; differences are means of "
                       "same-seed pairs [95 % band].", "", *report.table(header, lines), "",
-                      "## The factor of --outlier", "", "Means over the five rows of attacks and three seeds that "
-                      "serve nothing else (`--tune`).", "",
+                      "## The factor of --outlier", "", "Means over the five rows of attacks and the three tuning "
+                      "seeds (`--tune`).", "",
                       *factor_table([row for row in rows if int(row["seed"]) in study.TUNING])]) + "\n"
 
 

@@ -411,6 +411,7 @@ def test_a_judge_or_reward_that_fails_is_named(base, tmp_path, capfd, role, func
     errors = capfd.readouterr().err.splitlines()
     assert errors[-1].startswith("error: ") and f"{file}:{function}" in errors[-1] and says in errors[-1]
     assert sum("error" in line for line in errors) == 1 and not any("Traceback" in line for line in errors)
+    assert "data.py" not in errors[-1], "no line but of the user's own file"
     assert not list((tmp_path / "runs").rglob("*"))
 
 
