@@ -299,11 +299,11 @@ def test_tables_and_pictures_of_a_known_study(tmp_path):
 
 def test_runs_made_again_stand_beside_the_first_ones(tmp_path):
     rows = study.load(results(tmp_path) / "study.csv")
-    assert "run again" not in report.tables(report.Study(tmp_path)), "there are none"
+    assert report.again_table(report.Study(tmp_path)) == [], "there are none"
     rows = [row | {"judge_final": str(float(row["judge_final"]) + 0.1 * (row["arm"] == "federated"))} for row in rows
             if row["judge_final"] and row["regime"] == "headline" and row["seed"] > "3001"]
     study.save(tmp_path / "again.csv", rows)
-    table = report.tables(report.Study(tmp_path)).split("run again by later code\n")[1].split("##")[0]
+    table = "\n".join(report.again_table(report.Study(tmp_path)))
     assert "| `isolated` | 0.55 | 0.55 | – | – | +0.00 [+0.00, +0.00], 3 of 6 |" in table, "the same seeds, all ties"
     assert "| `federated` | 0.85 | 0.95 | +0.30 [+0.30, +0.30], 8 of 8 | +0.40 [+0.40, +0.40], 6 of 6 | " \
            "+0.10 [+0.10, +0.10], 6 of 6 |" in table
