@@ -286,6 +286,7 @@ def test_a_message_with_a_fault_is_left_out_and_said(tmp_path, monkeypatch, capf
     assert f"{mode}: 2 times an agent was absent, frozen or missed a peer" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_left_out_in_every_round_is_the_federation_of_the_others(tmp_path, monkeypatch):
     """An agent whose messages never arrive changes nothing for two others, who are as two agents by themselves."""
     send = fedppo.send

@@ -770,6 +770,7 @@ print(peak(2), peak(7))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ru_maxrss in KiB")
 def test_peak_memory_does_not_grow_with_the_number_of_references():
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once

@@ -87,6 +87,7 @@ def test_the_handlers_are_given_back(stopped_in):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.slow
 def test_two_checkpoints_are_kept_every_so_many_rounds(tmp_path, monkeypatch):
     kept = []
     original = fedppo.Run.checkpoint

@@ -208,6 +208,7 @@ def test_agents_together_in_the_headline_regime(monkeypatch):
     assert float(one["own_topics"]) == pytest.approx(float(one["judge_final"]), abs=1e-4), "it owns every topic"
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_when_repeated(row, monkeypatch):
     monkeypatch.chdir(study.HERE.parent)
     study.TASKS.clear()
