@@ -109,6 +109,13 @@ def _read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def check_path(flag: str, name: str) -> None:
+    """Raises UserError if a name that can only be a local one, not the hub's, is not there."""
+    local = Path(name).suffix in (".jsonl", ".json") or name.startswith(("/", ".", "~"))
+    if local and not Path(name).exists():
+        raise UserError(f"{flag} {name}: there is no such file or folder")
+
+
 def _tables(name: str) -> dict[str, list[dict]]:
     """{split: rows} from a jsonl file, a folder of jsonl or parquet files, a save_to_disk folder, or the hub."""
     path = Path(name)
@@ -116,8 +123,7 @@ def _tables(name: str) -> dict[str, list[dict]]:
         return {path.stem: _read_jsonl(path)}
     if jsonl := sorted(path.glob("*.jsonl")):
         return {file.stem: _read_jsonl(file) for file in jsonl}
-    if not path.exists() and (path.suffix in (".jsonl", ".json") or name.startswith(("/", ".", "~"))):
-        raise UserError(f"--dataset {name}: there is no such file or folder")
+    check_path("--dataset", name)
     if path.exists() and not path.is_dir():
         raise UserError(f"dataset {name!r} is a file but not .jsonl: give a .jsonl file or a folder")
     try:
@@ -511,8 +517,7 @@ def load_model(name: str, device: torch.device | str):
     Pythia's tokenizer sets no pad token, though `<|padding|>` stands in its vocabulary. Raises UserError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    if name.startswith(("/", ".")) and not Path(name).is_dir():
-        raise UserError(f"--model {name}: there is no such folder")
+    check_path("--model", name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
@@ -520,7 +525,8 @@ def load_model(name: str, device: torch.device | str):
     except Exception as error:  # damaged files and the hub's failures come in many classes
         where = (f"the folder {name!r} holds no causal language model" if Path(name).is_dir() else
                  f"model {name!r} is no local folder and cannot be had from the hub or its cache: check the name, or "
-                 f"on a connected machine run `hf download {name} --local-dir DIR` and pass --model DIR")
+                 f"on a connected machine run `hf download {name} --local-dir DIR` and pass --model DIR; --model "
+                 "tiny/model, which knows the words of its own world alone, needs no download")
         raise UserError(f"{where} ({type(error).__name__}: {str(error)[:200]})") from None
     model.to(device).eval()
     rows = model.get_output_embeddings().weight.shape[0]

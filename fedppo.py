@@ -502,6 +502,7 @@ class World:
 
     def __init__(self, s: Settings):
         self.settings, self.device = s, torch.device(s.device)
+        data.check_path("--dataset", at_home(s.dataset))  # before a model is loaded, or asked for
         self.model, self.tokenizer, self.forbidden = data.load_model(at_home(s.model), self.device)
         self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.initial = self.new_policy().requires_grad_(False)  # mu_0
