@@ -109,13 +109,6 @@ def _read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-def check_path(flag: str, name: str) -> None:
-    """Raises UserError if a name that can only be a local one, not the hub's, is not there."""
-    local = Path(name).suffix in (".jsonl", ".json") or name.startswith(("/", ".", "~"))
-    if local and not Path(name).exists():
-        raise UserError(f"{flag} {name}: there is no such file or folder")
-
-
 def _tables(name: str) -> dict[str, list[dict]]:
     """{split: rows} from a jsonl file, a folder of jsonl or parquet files, a save_to_disk folder, or the hub."""
     path = Path(name)
@@ -123,7 +116,6 @@ def _tables(name: str) -> dict[str, list[dict]]:
         return {path.stem: _read_jsonl(path)}
     if jsonl := sorted(path.glob("*.jsonl")):
         return {file.stem: _read_jsonl(file) for file in jsonl}
-    check_path("--dataset", name)
     if path.exists() and not path.is_dir():
         raise UserError(f"dataset {name!r} is a file but not .jsonl: give a .jsonl file or a folder")
     try:
@@ -240,9 +232,9 @@ def make_shards(pairs: list[Pair], n_agents: int, how: str, n_pairs: int, n_eval
             sharers = range(i % len(splits), n_agents, len(splits))  # the agents of this split
             dealt.append(own[sharers.index(i)::len(sharers)])
     taken = f"of {len(pairs)}, after those of {n_eval} evaluation prompts and {n_judge} for the judge"
-    fewest = min(range(n_agents), key=lambda i: len(dealt[i]))  # an error should speak of all agents
-    _shard(dealt[fewest], n_pairs, f"agent {fewest}", taken)
-    return eval_prompts, [_shard(own, n_pairs, f"agent {i}", taken) for i, own in enumerate(dealt)], judge_rows
+    poorest_first = sorted(range(n_agents), key=lambda i: len(dealt[i]))  # what is enough for it is enough for all
+    shards = {i: _shard(dealt[i], n_pairs, f"agent {i}", taken) for i in poorest_first}
+    return eval_prompts, [shards[i] for i in range(n_agents)], judge_rows
 
 
 def pool(shards: list[Shard]) -> Shard:
@@ -517,7 +509,6 @@ def load_model(name: str, device: torch.device | str):
     Pythia's tokenizer sets no pad token, though `<|padding|>` stands in its vocabulary. Raises UserError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    check_path("--model", name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)

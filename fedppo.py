@@ -311,8 +311,10 @@ def own_code(spec: str) -> bool:
 
 def to_resume(s: Settings, folder: Path | str) -> list[str]:
     """The flags that continue a run."""
-    own = {"--reward": s.reward, "--judge": s.judge}
-    return ["--resume", str(folder), *(word for flag in own.items() if own_code(flag[1]) for word in flag)]
+    flags = ["--resume", str(folder)]
+    for flag, spec in {"--reward": s.reward, "--judge": s.judge}.items():
+        flags += [flag, spec] * own_code(spec)
+    return flags
 
 
 def choose_preset(given: dict) -> tuple[str, str]:
@@ -384,6 +386,10 @@ def check_settings(s: Settings) -> None:
         torch.zeros(1, device=s.device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {s.device} is not to be had on this machine") from None
+    for flag, name in {"--model": at_home(s.model), "--dataset": at_home(s.dataset)}.items():
+        local = Path(name).suffix in (".jsonl", ".json") or name.startswith(("/", ".", "~"))  # no name of the hub's
+        if local and not Path(name).exists():
+            raise UserError(f"{flag} {name}: there is no such file or folder")
     communication_matrix(s)
 
 
@@ -502,7 +508,6 @@ class World:
 
     def __init__(self, s: Settings):
         self.settings, self.device = s, torch.device(s.device)
-        data.check_path("--dataset", at_home(s.dataset))  # before a model is loaded, or asked for
         self.model, self.tokenizer, self.forbidden = data.load_model(at_home(s.model), self.device)
         self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.initial = self.new_policy().requires_grad_(False)  # mu_0
@@ -1065,8 +1070,8 @@ def preflight(world: World, task: Task) -> list[Check]:
         Check("EOS can be sampled, largest probability", worst(all_logprobs[..., world.eos_id].exp()), 1e-4,
               "the model has not learned to end: a longer --response-length, or --missing-eos-penalty 0", floor=True,
               fatal=False)]
-    unknown, tokens = world.tokenizer.unk_token_id, [id for ids in world.prompt_ids.values() for id in ids]
-    if unknown is not None:
+    if (unknown := world.tokenizer.unk_token_id) is not None:
+        tokens = [token for ids in world.prompt_ids.values() for token in ids]
         checks.append(Check("share of prompt tokens that the vocabulary does not know",
                             tokens.count(unknown) / len(tokens), 0.01, "the model's tokenizer is for other text",
                             fatal=False))

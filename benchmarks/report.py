@@ -251,12 +251,12 @@ def again_table(study: Study) -> list[str]:
         return []
     again, lines = Study(study.folder, "again.csv"), []
     for arm in [arm for arm in again.arms if len(again.cell(arm, "headline", "confirm")) > 1]:
-        cells = [once.cell(arm, "headline", "confirm") for once in (again, study)]
-        both = np.array([[float(cell[seed]["judge_final"]) for seed in cells[0] if seed in cells[1]]
-                         for cell in cells])  # [2, S]
+        first, second = (once.cell(arm, "headline", "confirm") for once in (study, again))
+        both = np.array([[float(cell[seed]["judge_final"]) for seed in second if seed in first]
+                         for cell in (second, first)])  # [2, S]
         gains = ["–" if arm == "isolated" else difference(once.pairs(arm, "isolated", "headline", "confirm"))
                  for once in (study, again)]
-        lines.append([f"`{arm}`", *(f"{plot.iqm(scores):.2f}" for scores in both[::-1]), *gains, difference(both)])
+        lines.append([f"`{arm}`", f"{plot.iqm(both[1]):.2f}", f"{plot.iqm(both[0]):.2f}", *gains, difference(both)])
     return table("arm | final score | again | minus `isolated`, seeds better | again | again minus before, seeds "
                  "better", lines)
 

@@ -141,9 +141,8 @@ class Updates:
         self.case = case
         rows, prompt, response = BATCHES[case.shape]
         self.settings = dataclasses.replace(
-            fedppo.Settings(), batch=rows, epochs=EPOCHS,
-            micro_batch=case.micro_batch or micro_batch(case.shape, case.device),
-            minibatches=1, response_length=response, rule=case.rule, estimator="exact", lr=1e-5,
+            fedppo.Settings(), batch=rows, micro_batch=case.micro_batch or micro_batch(case.shape, case.device),
+            epochs=EPOCHS, minibatches=1, response_length=response, rule=case.rule, estimator="exact", lr=1e-5,
             device=case.device, dtype=case.dtype)
         model = new_model(case.shape, case.device)
         forbidden = torch.zeros(model.config.vocab_size, dtype=torch.bool)

@@ -15,10 +15,10 @@ The protocol. Every arm is tuned by one rule in the headline regime, on TUNING s
 starts from the same GRID of beta and learning rate; while its best cell has neighbours (twice or half of either) that
 were not run, they are, so that the best cell of that seed lies at no edge. Its FINALISTS best cells then run on the
 other TUNING seeds, and the highest mean is chosen (whose own neighbours may not have been run). chosen.json has every
-cell's scores. All other stages use these values on seeds that no
-choice was made on (penalty first tunes where the KL penalty is charged, likewise); CONFIRM seeds are run once, after
-everything was fixed. The stage `again` runs the arms of the README's first screen on them once more, into again.csv:
-code that was only made faster since must find the same, within the noise of another sampling.
+cell's scores. All other stages use these values on seeds that no choice was made on (penalty first tunes where the KL
+penalty is charged, likewise); CONFIRM seeds are run after everything was fixed. The stage `again` runs the arms of the
+README's first screen on them once more, into again.csv: code that was only made faster since must find the same, within
+the noise of another sampling.
 
 A seed redraws every agent's data, reward models, evaluation prompts and sampling, and arms of one seed share them (but
 for the reward models that an arm defines itself: shared, ensemble, centralized). A row is known by its flags: after a
@@ -227,6 +227,7 @@ def confirm_jobs(chosen: dict[str, dict]) -> list[Job]:
 
 
 def again_jobs(chosen: dict[str, dict]) -> list[Job]:
+    """Those of confirm_jobs that the README's first screen shows."""
     return [j for j in confirm_jobs(chosen) if j.regime == "headline" and j.arm in report.IN_SHORT]
 
 

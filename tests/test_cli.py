@@ -540,7 +540,7 @@ def test_every_setting_is_read_somewhere(name):
 
 OTHER = {  # a value that is neither preset's, where twice the preset's would not do
     "mode": ("isolated", "centralized"), "seeds": (3, 4), "preset": "tiny", "out": "elsewhere", "name": "mine",
-    "device": "cpu", "dtype": "bfloat16", "model": "tiny/other", "dataset": "tiny/rows.jsonl", "splits": ("a", "b"),
+    "device": "cpu", "dtype": "bfloat16", "model": "tiny/data", "dataset": "tiny/data/book.jsonl", "splits": ("a", "b"),
     "shards": "iid", "judge": "none", "reward": "shared", "reward_pooling": "last", "rule": "weights",
     "topology": "ring", "lr_schedule": "linear", "penalty": "reward", "estimator": "k2", "anchor": 0.5,
     "participation": 0.5, "outlier": 3.0, "beta": (0.7,), "gamma": 0.5, "lam": 0.5,

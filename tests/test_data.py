@@ -179,7 +179,7 @@ def test_a_broken_row_is_named(tmp_path, line, says):
 
 
 @pytest.mark.parametrize("case, says", [
-    ("missing", "no such file"), ("empty folder", "holds no"), ("text file", "not .jsonl"), ("empty split", "is empty"),
+    ("missing", "hf download"), ("empty folder", "holds no"), ("text file", "not .jsonl"), ("empty split", "is empty"),
     ("all equal", "all of its 3 rows"), ("no parquet", "parquet")])
 def test_what_is_no_dataset_is_said_in_one_line(tmp_path, cache, case, says):
     path = tmp_path / "set"
