@@ -2,8 +2,10 @@
 
     python benchmarks/speed_trl.py --worker CASE        as speed.py calls it
 
-The same shape, batch, tokens, epochs and reward model as this project's, fp32, no gradient checkpointing, no logging,
-no sample generations: what trl does at its fastest. Its value model is a second whole model; it has one reference.
+The same shape, batch, tokens, epochs and reward model as this project's, fp32, no gradient
+checkpointing, no logging, no sample generations: what trl does at its fastest. Its value model is a
+second whole model; it has one reference. Its phases are told apart by what it calls: trl has no
+hooks for them, so two of its calls are replaced in this process.
 """
 
 import argparse
@@ -21,7 +23,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification  # noqa: E402
+from transformers import (  # noqa: E402
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
+)
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E402
 
 
@@ -35,7 +41,8 @@ def now() -> float:
 class Clock(transformers.TrainerCallback):
     """Waits for a line before every update and prints its seconds after it, by phase.
 
-    trl calls batch_generation first, then scores, then draws a permutation at the start of each epoch.
+    trl calls batch_generation first, then scores, then draws a permutation at the start of each
+    epoch.
     """
 
     def __init__(self):
@@ -59,7 +66,8 @@ class Clock(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         at = self.moments | {"optimisation": now()}
         names = ("start", "rollout", "scoring", "optimisation")
-        seconds = {name: at[name] - at[before] for before, name in zip(names, names[1:], strict=False)}
+        seconds = {name: at[name] - at[before]
+                   for before, name in zip(names, names[1:], strict=False)}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
         if torch.cuda.is_initialized():
             peak = torch.cuda.max_memory_allocated() / 2**20
@@ -71,23 +79,26 @@ def trainer(spec: dict, folder: str) -> PPOTrainer:
     rows, prompt, response = spec["batch"]
     torch.manual_seed(0)
     config = GPTNeoXConfig(**spec["config"], pad_token_id=1)
-    judge = GPTNeoXConfig(**spec["config"], pad_token_id=1, num_labels=1)
+    scalar = GPTNeoXConfig(**spec["config"], pad_token_id=1, num_labels=1)
     words = {f"w{k}": k for k in range(config.vocab_size)}
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")), eos_token="w0", pad_token="w1",
-        padding_side="left")
-    prompts = torch.randint(2, config.vocab_size, (rows, prompt)).tolist()
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")), eos_token="w0",
+        pad_token="w1", padding_side="left")
+    ids = torch.randint(2, config.vocab_size, (rows, prompt)).tolist()
+    prompts = datasets.Dataset.from_dict({"input_ids": ids})
     settings = PPOConfig(
-        output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=1, num_mini_batches=1,
-        num_ppo_epochs=spec["epochs"], total_episodes=rows * 10_000, local_rollout_forward_batch_size=rows,
-        response_length=response, learning_rate=1e-5, temperature=1.0, bf16=False, gradient_checkpointing=False,
-        num_sample_generations=0, report_to="none", logging_steps=10_000, save_strategy="no", disable_tqdm=True,
+        output_dir=folder, per_device_train_batch_size=rows, gradient_accumulation_steps=1,
+        num_mini_batches=1, num_ppo_epochs=spec["epochs"], total_episodes=rows * 10_000,
+        local_rollout_forward_batch_size=rows, response_length=response, learning_rate=1e-5,
+        temperature=1.0, bf16=False, gradient_checkpointing=False, num_sample_generations=0,
+        report_to="none", logging_steps=10_000, save_strategy="no", disable_tqdm=True,
         use_cpu=spec["case"]["device"] == "cpu")
     return PPOTrainer(
-        settings, tokenizer, GPTNeoXForCausalLM(config), GPTNeoXForCausalLM(config),
-        GPTNeoXForSequenceClassification(judge), datasets.Dataset.from_dict({"input_ids": prompts}),
-        GPTNeoXForSequenceClassification(judge), callbacks=[Clock()], eval_dataset=datasets.Dataset.from_dict(
-            {"input_ids": prompts}))
+        settings, tokenizer, model=GPTNeoXForCausalLM(config),
+        ref_model=GPTNeoXForCausalLM(config),
+        reward_model=GPTNeoXForSequenceClassification(scalar), train_dataset=prompts,
+        value_model=GPTNeoXForSequenceClassification(scalar), eval_dataset=prompts,
+        callbacks=[Clock()])
 
 
 def main() -> None:

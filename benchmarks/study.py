@@ -1,28 +1,31 @@
-"""Does cooperation help, by how much, and where does it not: every run behind the results tables of the README.
+"""Does cooperation help, by how much, and where does it not: every run behind the results tables.
 
-    python benchmarks/study.py             all stages; finished runs are not repeated, so it can be stopped at any time
-    python benchmarks/study.py --quick     a small version in under 5 minutes, in runs/study-quick
+    python benchmarks/study.py           all stages; finished runs are not repeated, so it can be
+                                         stopped at any time
+    python benchmarks/study.py --quick   a small version in under 5 minutes, in runs/study-quick
 
 In reading order
     1. arms and regimes       what is compared, and where: each is a line of fedppo.py's own flags
-    2. stages                 tune -> reported -> penalty -> confirm -> again, and the seeds that each may use
+    2. stages                 tune -> reported -> penalty -> confirm -> again, and their seeds
     3. labels                 how two communities and a flipped annotator label the same pairs
-    4. one run                fedppo.train with a recorder in place of a run's folder -> one row of study.csv
+    4. one run                fedppo.train with a list for a log -> one row of study.csv
     5. schedule               one process of one thread per core, rows appended as they are finished
     6. main                   then report.py makes tables.md and the pictures from study.csv alone
 
-The protocol. Every arm is tuned by one rule in the headline regime, on TUNING seeds alone. On the first of them it
-starts from the same GRID of beta and learning rate; while its best cell has neighbours (twice or half of either) that
-were not run, they are, so that the best cell of that seed lies at no edge. Its FINALISTS best cells then run on the
-other TUNING seeds, and the highest mean is chosen (whose own neighbours may not have been run). chosen.json has every
-cell's scores. All other stages use these values on seeds that no choice was made on (penalty first tunes where the KL
-penalty is charged, likewise); CONFIRM seeds are run after everything was fixed. The stage `again` runs the arms of the
-README's first screen on them once more, into again.csv: code that was only made faster since must find the same, within
-the noise of another sampling.
+The protocol. Every arm is tuned by one rule in the headline regime, on TUNING seeds alone. On the
+first of them it starts from the same GRID of beta and learning rate; while its best cell has
+neighbours (twice or half of either) that were not run, they are, so that the best cell of that seed
+lies at no edge. Its FINALISTS best cells then run on the other TUNING seeds, and the highest mean
+is chosen (whose own neighbours may not have been run). chosen.json has every cell's scores. All
+other stages use these values on seeds that no choice was made on (penalty first tunes where the KL
+penalty is charged, likewise); CONFIRM seeds are run after everything was fixed. The stage `again`
+runs the arms of the README's first screen on them once more, into again.csv: code that was only
+made faster or rearranged since must find the same, within the noise of another sampling.
 
-A seed redraws every agent's data, reward models, evaluation prompts and sampling, and arms of one seed share them (but
-for the reward models that an arm defines itself: shared, ensemble, centralized). A row is known by its flags: after a
-change of the algorithm remove study.csv, after any other of the code again.csv.
+A seed redraws every agent's data, reward models, evaluation prompts and sampling, and arms of one
+seed share them (but for the reward models that an arm defines itself: shared, ensemble,
+centralized). A row is known by its flags: after a change of the algorithm remove study.csv, after
+any other of the code again.csv.
 """
 
 import argparse
@@ -45,7 +48,7 @@ from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # everything the study needs is embedded
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # all it needs is embedded
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -57,31 +60,35 @@ import kl  # noqa: E402
 import plot  # noqa: E402
 import ppo_core  # noqa: E402
 import report  # noqa: E402
+from support.settings import Settings  # noqa: E402
+from support.settings import parse as parse_command  # noqa: E402
 from tiny import judge  # noqa: E402
+from world import Task, World, make_task  # noqa: E402
 
-# ------------------------------------------------------------------------------------------------ arms and regimes
+# ------------------------------------------------------------------------------- arms and regimes
 
 ARMS = {  # name: flags of fedppo.py
     "isolated": "--mode isolated",
-    "classic": "--mode isolated --anchor 1",
+    "classic": "--mode classic",
     "isolated 4x batch": "--mode isolated --batch 128 --micro-batch 128",
     "fedavg": "--mode fedavg",
     "federated": "--mode federated --rule geometric",
     "federated arithmetic": "--mode federated --rule arithmetic",
     "federated weights": "--mode federated --rule weights",
-    "federated merged": "--mode federated --merge",
+    "merged": "--mode merged",
     "ensemble": "--mode isolated --reward ensemble",
     "centralized": "--mode centralized --micro-batch 128",
 }
-PENALTY_ARMS = {  # where the KL penalty is charged; exact in the loss is the default, so `isolated` and `federated`
-    "isolated, k1 in reward": "--mode isolated --penalty reward",
+PENALTY_ARMS = {  # where KL is charged; exact in the loss is the default: `isolated`, `federated`
+    "isolated, k1 in reward": "--mode isolated --penalty k1-in-reward",
     "isolated, both": "--mode isolated --penalty both",
-    "federated, k1 in reward": "--mode federated --penalty reward",
+    "federated, k1 in reward": "--mode federated --penalty k1-in-reward",
     "federated, both": "--mode federated --penalty both",
 }
-TWINS = {arm: arm.split(",")[0] for arm in PENALTY_ARMS}  # whose learning rate these arms take: beta alone is tuned
-COMMUNITY_ARMS = {"federated in communities": f"--mode federated --topology {HERE.name}/communities.json"}
-TUNED_AS = {"federated in communities": "federated"}  # arms of one regime only, with another arm's beta and lr
+TWINS = {arm: arm.split(",")[0] for arm in PENALTY_ARMS}  # whose lr they take: beta alone is tuned
+COMMUNITY_ARMS = {
+    "federated in communities": f"--mode federated --topology {HERE.name}/communities.json"}
+TUNED_AS = {"federated in communities": "federated"}  # whose beta and lr an arm takes
 REGIMES = {  # name: flags on top of an arm's
     "headline": "",
     "shared reward": "--reward shared",
@@ -103,14 +110,14 @@ REGIMES = {  # name: flags on top of an arm's
 LR_FACTOR = {"half the lr": 0.5, "twice the lr": 2.0}
 QUICK_REGIMES = ("iid shards", "two communities")
 
-# ---------------------------------------------------------------------------------------------------------- stages
+# ----------------------------------------------------------------------------------------- stages
 
 TUNING = range(200, 203)
 REPORTED = range(1000, 1020)
 CONFIRM = range(3000, 3020)
 BETAS = (0.008, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0)
 LRS = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-GRID = [(beta, lr) for beta in (0.06, 0.12, 0.25, 0.5, 1.0) for lr in (5e-4, 1e-3)]  # where every arm starts
+GRID = [(beta, lr) for beta in (0.06, 0.12, 0.25, 0.5, 1.0) for lr in (5e-4, 1e-3)]  # the start
 FINALISTS = 3  # cells that go on from the first TUNING seed to the others
 ELSEWHERE = report.ELSEWHERE  # seeds of a regime, the first of REPORTED
 
@@ -127,15 +134,16 @@ class Job:
     @property
     def cost(self) -> float:
         """Expected time, in runs of one isolated arm: for the progress bar."""
-        words = self.flags.split()
-        cost = 2.5 if "--batch" in words else 0.6 if "centralized" in words else 1.0
-        agents = int(words[words.index("--agents") + 1]) if "--agents" in words else 4
+        row = {"settings": self.flags}
+        cost = 2.5 if report.flag(row, "--batch") else 0.6 if self.arm == "centralized" else 1.0
+        agents = int(report.flag(row, "--agents", "4"))
         return cost * agents / 4 * (2 if self.regime == "twice the updates" else 1)
 
 
 def job(arm: str, regime: str, seed: int, beta: float, lr: float) -> Job:
     arms = ARMS | PENALTY_ARMS | COMMUNITY_ARMS
-    parts = [arms[arm], REGIMES[regime], f"--beta {beta:g} --lr {lr * LR_FACTOR.get(regime, 1):g}"]
+    lr *= LR_FACTOR.get(regime, 1)
+    parts = [arms[arm], REGIMES[regime], f"--beta {beta:g} --lr {lr:g}"]
     return Job(arm, regime, seed, " ".join(part for part in parts if part))
 
 
@@ -143,11 +151,18 @@ Cell = tuple[float, float]  # beta and learning rate
 
 
 def cells(rows: list[dict], arm: str) -> dict[Cell, list[float]]:
-    """What the arm was run at in tuning -> {cell: final judge's scores by TUNING seed, a diverged one -inf}."""
+    """What the arm was run at in tuning -> {cell: final judge's scores by TUNING seed}.
+
+    A run that diverged has -inf.
+    """
     scores = {key(row): float(row["judge_final"] or "-inf") for row in rows}
-    grid = {(beta, lr): [scores[j] for j in (job(arm, "headline", seed, beta, lr) for seed in TUNING) if j in scores]
-            for beta in BETAS for lr in LRS}
-    return {cell: found for cell, found in grid.items() if found}
+    grid = {}
+    for beta in BETAS:
+        for lr in LRS:
+            jobs = [job(arm, "headline", seed, beta, lr) for seed in TUNING]
+            if found := [scores[one] for one in jobs if one in scores]:
+                grid[beta, lr] = found
+    return grid
 
 
 def finalists(rows: list[dict], arm: str) -> list[Cell]:
@@ -170,25 +185,25 @@ def neighbours(cell: Cell) -> list[Cell]:
 
 
 def climb_jobs(rows: list[dict], arms: Iterable[str]) -> list[Job]:
-    """What is missing on the first TUNING seed: the GRID, then the neighbours of each arm's best cell so far.
-
-    An arm of TWINS keeps its twin's learning rate.
-    """
+    """What is missing on the first TUNING seed: the GRID, then the neighbours of each arm's best
+    cell so far. An arm of TWINS keeps its twin's learning rate."""
     jobs = []
     for arm in arms:
         wanted, known = GRID, cells(rows, arm)
         if arm in TWINS:
-            wanted = list(dict.fromkeys((beta, best(rows, TWINS[arm])[1]) for beta, _ in GRID))
+            lr = best(rows, TWINS[arm])[1]
+            wanted = list(dict.fromkeys((beta, lr) for beta, _ in GRID))
         if known.keys() >= set(wanted):
             wanted = [cell for cell in neighbours(finalists(rows, arm)[0])
-                      if arm not in TWINS or cell[1] == wanted[0][1]]
+                      if arm not in TWINS or cell[1] == lr]
         jobs += [job(arm, "headline", TUNING[0], *cell) for cell in wanted if cell not in known]
     return jobs
 
 
 def final_jobs(rows: list[dict], arms: Iterable[str]) -> list[Job]:
     """Each arm's finalists on the other TUNING seeds."""
-    return [job(arm, "headline", seed, *cell) for seed in TUNING[1:] for arm in arms for cell in finalists(rows, arm)]
+    return [job(arm, "headline", seed, *cell) for seed in TUNING[1:] for arm in arms
+            for cell in finalists(rows, arm)]
 
 
 def choose(rows: list[dict]) -> dict[str, dict]:
@@ -198,19 +213,20 @@ def choose(rows: list[dict]) -> dict[str, dict]:
         (beta, lr), grid = best(rows, arm), cells(rows, arm)
         if len(grid[beta, lr]) < len(TUNING):  # its search has been interrupted
             continue
-        chosen[arm] = {"beta": beta, "lr": lr, "mean": round(sum(grid[beta, lr]) / len(TUNING), 3),
-                       "judge_final on seeds " + " ".join(map(str, TUNING)): {
-                           f"beta {b:g}, lr {k:g}": [round(x, 3) if math.isfinite(x) else None for x in scores]
-                           for (b, k), scores in grid.items()}}
+        chosen[arm] = {
+            "beta": beta, "lr": lr, "mean": round(sum(grid[beta, lr]) / len(TUNING), 3),
+            "judge_final on seeds " + " ".join(map(str, TUNING)): {
+                f"beta {b:g}, lr {k:g}": [round(x, 3) if math.isfinite(x) else None for x in scores]
+                for (b, k), scores in grid.items()}}
     return chosen
 
 
-PROTAGONISTS = ("isolated", "classic", "fedavg", "federated", "federated merged", "centralized")
-ABROAD = ("isolated", "federated", "federated merged")  # arms of the regimes
+PROTAGONISTS = ("isolated", "classic", "fedavg", "federated", "merged", "centralized")
+ABROAD = ("isolated", "federated", "merged")  # arms of the regimes
 
 
 def reported_jobs(chosen: dict[str, dict]) -> list[Job]:
-    """The headline and the regimes on fresh seeds; the first seeds of the headline come first, the last ones last."""
+    """The headline and the regimes on fresh seeds, in the order of what is missed most."""
     wanted = [(arm, "headline", seed) for seed in REPORTED[:ELSEWHERE] for arm in ARMS]
     wanted += [(arm, "headline", seed) for seed in REPORTED for arm in PROTAGONISTS]
     for regime in [regime for regime in REGIMES if regime != "headline"]:
@@ -221,14 +237,16 @@ def reported_jobs(chosen: dict[str, dict]) -> list[Job]:
 
 
 def confirm_jobs(chosen: dict[str, dict]) -> list[Job]:
-    """The headline on seeds that nothing was looked at on, after the same and after twice the updates."""
+    """The headline on seeds that nothing was looked at on, after the same and twice the updates."""
     arms = {"headline": ARMS, "twice the updates": ABROAD}
-    return [chosen_job(chosen, arm, regime, seed) for seed in CONFIRM for regime in arms for arm in arms[regime]]
+    return [chosen_job(chosen, arm, regime, seed) for seed in CONFIRM
+            for regime in arms for arm in arms[regime]]
 
 
 def again_jobs(chosen: dict[str, dict]) -> list[Job]:
     """Those of confirm_jobs that the README's first screen shows."""
-    return [j for j in confirm_jobs(chosen) if j.regime == "headline" and j.arm in report.IN_SHORT]
+    return [one for one in confirm_jobs(chosen)
+            if one.regime == "headline" and one.arm in report.IN_SHORT]
 
 
 def chosen_job(chosen: dict[str, dict], arm: str, regime: str, seed: int) -> Job:
@@ -236,11 +254,11 @@ def chosen_job(chosen: dict[str, dict], arm: str, regime: str, seed: int) -> Job
     return job(arm, regime, seed, values["beta"], values["lr"])
 
 
-# ---------------------------------------------------------------------------------------------------------- labels
+# ----------------------------------------------------------------------------------------- labels
 
 
 def community(split: str) -> int:
-    """0: annotators who love sentiment, 1: vividness. Of 4 agents, 0 and 1 own the topics of the first."""
+    """0: annotators who love sentiment (of 4 agents, 0 and 1 own their topics), 1: vividness."""
     return owner(split) // 2
 
 
@@ -256,172 +274,190 @@ def own_truth(number: int, prompt: str, response: str, ended: bool) -> float:
 
 
 def relabel(pair: data.Pair, response_length: int) -> data.Pair:
-    """The pair as an annotator of its topic's community labels it: Bradley-Terry on the own truth, scale 3.
+    """The pair as an annotator of its topic's community labels it: Bradley-Terry on the own truth,
+    scale 3.
 
     The same draw on every seed, as the shipped labels are: it depends on the pair's texts alone.
     """
     texts = sorted((pair.chosen, pair.rejected))
-    first, second = (own_truth(community(pair.split), pair.prompt, text, len(text.split()) < response_length)
-                     for text in texts)
+    first, second = (own_truth(community(pair.split), pair.prompt, text,
+                               len(text.split()) < response_length) for text in texts)
     draw = random.Random("\n".join([pair.prompt, *texts])).random()
-    chosen, rejected = texts if draw < 1 / (1 + math.exp(-3.0 * (first - second))) else texts[::-1]
-    return dataclasses.replace(pair, chosen=chosen, rejected=rejected)
+    if draw >= 1 / (1 + math.exp(-3.0 * (first - second))):
+        texts.reverse()
+    return dataclasses.replace(pair, chosen=texts[0], rejected=texts[1])
 
 
 def flip(pair: data.Pair) -> data.Pair:
     """The labels of agent 0's topics are turned round."""
-    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen) if owner(pair.split) == 0 else pair
+    if owner(pair.split) != 0:
+        return pair
+    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
 
 
-# --------------------------------------------------------------------------------------------------------- one run
+# ---------------------------------------------------------------------------------------- one run
 
-COLUMNS = ("arm", "regime", "seed", "settings", "judge_initial", "judge_final", "judge_auc", "reward_final",
-           "reward_auc", "worst_agent", "own_topics", "judge_average", "judge_mixture", "own_truth",
-           "updates_to_0.6", "updates_to_0.8", "kl_initial", "episodes", "bytes", "seconds", "reward_accuracy",
-           "judge_agents", "judge_curve", "reward_curve")
+COLUMNS = ("arm", "regime", "seed", "settings", "judge_initial", "judge_final", "judge_auc",
+           "reward_final", "reward_auc", "worst_agent", "own_topics", "judge_average",
+           "judge_mixture", "own_truth", "updates_to_0.6", "updates_to_0.8", "kl_initial",
+           "episodes", "bytes", "seconds", "reward_accuracy", "judge_agents", "judge_curve",
+           "reward_curve")
 
 
 def key(row: dict) -> Job:
     return Job(row["arm"], row["regime"], int(row["seed"]), row["settings"])
 
 
-class Recorder:
-    """What fedppo.train needs of a Run, in memory."""
-
-    stop = 0
-
-    def __init__(self):
-        self.rows: list[dict] = []
-        self.samples: dict = {}
-
-    def log(self, mode: str, seed: int, agent: int, rnd: int, update: int, *, judge: float | None = None,
-            **metrics: float) -> None:
-        self.rows.append({"mode": mode, "seed": seed, "agent": agent, "round": rnd, "update": update, "judge": judge}
-                         | metrics)
-
-    def checkpoint(self, *state) -> None:
-        pass
+TASKS: dict[tuple, Task] = {}  # the last few, so that arms of one seed share reward models
 
 
-TASKS: dict[tuple, fedppo.Task] = {}  # of this process: the last few, so that arms of one seed share reward models
-
-
-def parse(flags: str) -> fedppo.Settings:
-    return fedppo.parse(["--preset", "tiny", "--device", "cpu", "--workers", "1", *flags.split()])[0]
+def parse(flags: str) -> Settings:
+    command = ["--preset", "tiny", "--device", "cpu", *flags.split()]
+    return parse_command(command, fedppo.MODES).settings
 
 
 @functools.cache
-def start() -> fedppo.World:
-    """The model and preference rows that all jobs of a process start from; no job changes them in place."""
-    return fedppo.World(parse(""))
+def start() -> World:
+    """The model and preference rows that all jobs of a process start from; no job changes them in
+    place."""
+    return World(parse(""))
 
 
-def prepare(job: Job) -> tuple[fedppo.World, fedppo.Task, str]:
+def prepare(job: Job) -> tuple[World, Task, str]:
+    """-> the world with the job's settings and labels, what its seed gives to agents, its mode."""
     transformers.utils.logging.disable_progress_bar()
     world = copy.copy(start())
-    world.settings = settings = parse(job.flags)
+    world.settings = s = parse(job.flags)
+    labels = ""  # as shipped
     if job.regime == "two communities":
-        world.pairs = [relabel(pair, settings.response_length) for pair in world.pairs]
+        labels, world.pairs = job.regime, [relabel(pair, s.response_length) for pair in world.pairs]
     if job.regime == "flipped labels":
-        world.pairs = [flip(pair) for pair in world.pairs]
-    mode, relabelled = settings.mode[0], job.regime in ("two communities", "flipped labels")
-    task_key = (job.seed, job.regime if relabelled else "", mode == "centralized", settings.reward, settings.pairs,
-                settings.agents, settings.shards, settings.eval_prompts)
+        labels, world.pairs = job.regime, [flip(pair) for pair in world.pairs]
+    mode = s.mode[0]
+    task_key = (job.seed, labels, mode == "centralized", s.reward, s.pairs, s.agents, s.shards,
+                s.eval_prompts)
     if task_key not in TASKS:
         while len(TASKS) > 4:
             TASKS.pop(next(iter(TASKS)))
-        TASKS[task_key] = fedppo.make_task(world, job.seed, mode == "centralized")
+        TASKS[task_key] = make_task(world, job.seed, mode == "centralized")
     return world, TASKS[task_key], mode
 
 
-def run(job: Job, bad: int = 0) -> dict:
-    """Train one arm -> its row. A run that diverges has no scores. Of the agents the first `bad` ones do not count."""
+def run(job: Job) -> dict:
+    """Train one arm -> its row. With flipped labels the three honest agents alone count."""
+    return train(job, uncounted=1 if job.regime == "flipped labels" else 0)[0]
+
+
+def train(job: Job, uncounted: int = 0, new_agent=fedppo.Agent) -> tuple[dict, list[dict]]:
+    """Train one arm -> its row, and the log of the agents that count: all but the first ones.
+
+    A run that diverges has no scores. new_agent: what a bad agent is made by, as in fedppo.train.
+    """
     torch.set_num_threads(1)
     world, task, mode = prepare(job)
-    recorder, row = Recorder(), dict.fromkeys(COLUMNS, "")
-    row |= {"arm": job.arm, "regime": job.regime, "seed": job.seed, "settings": job.flags}
+    log: list[dict] = []
+    row = dict.fromkeys(COLUMNS, "") | {"arm": job.arm, "regime": job.regime, "seed": job.seed,
+                                        "settings": job.flags}
     try:
-        agents = fedppo.train(world, task, mode, recorder)
+        agents = fedppo.train(world, task, mode, log.append, new_agent=new_agent)
     except FloatingPointError:
-        return row
-    counted = agents[1 if job.regime == "flipped labels" else bad:]  # the honest ones
-    rows = [r for r in recorder.rows if r["agent"] in {agent.index for agent in counted}]
-    summary = plot.summarise(rows)["modes"][mode]["seeds"][str(job.seed)]
-    updates, judged = plot.seed_curves(rows, mode, "judge")
-    _, rewards = plot.seed_curves(rows, mode, "reward")
-    _, kl_initial = plot.seed_curves(rows, mode, "kl_initial")
-    last = max(r["update"] for r in rows)
-    row |= {name: summary[name] for name in ("judge_initial", "judge_final", "judge_auc", "reward_final")}
-    row |= {"worst_agent": summary["worst_agent_final"], "bytes": summary["bytes"], "seconds": summary["seconds"],
-            "reward_auc": rewards[0].mean(), "kl_initial": kl_initial[0][-1],
-            "episodes": sum(r["episodes"] for r in rows if r["update"] == last),
-            "reward_accuracy": sum(fit[0] for fit in task.accuracies) / len(task.accuracies),
-            "judge_agents": report.join(r["judge"] for r in rows if r["update"] == last),
-            "judge_curve": report.join(judged[0]), "reward_curve": report.join(rewards[0])}
-    row |= by_topic(world, task, counted, job.regime == "two communities")
+        return row, []
+    log = [logged for logged in log if logged["agent"] >= uncounted]
+    row |= scores(log, mode, job.seed) | by_topic(world, task, agents[uncounted:], job.regime)
+    row["reward_accuracy"] = sum(fit[0] for fit in task.accuracies) / len(task.accuracies)
     if job.regime == "headline" and len(agents) > 1:
         row |= together(world, task, agents)
+    row = {name: f"{value:.6g}" if isinstance(value, float) else value
+           for name, value in row.items()}
+    return row, log
+
+
+def scores(log: list[dict], mode: str, seed: int) -> dict:
+    """What the log alone gives to a row."""
+    summary = plot.summarise(log)["modes"][mode]["seeds"][str(seed)]
+    updates, judged = plot.seed_curves(log, mode, "judge")
+    _, rewards = plot.seed_curves(log, mode, "reward")
+    _, kl_initial = plot.seed_curves(log, mode, "kl_initial")
+    last = max(row["update"] for row in log)
+    row = {name: summary[name] for name in
+           ("judge_initial", "judge_final", "judge_auc", "reward_final", "bytes", "seconds")}
+    row |= {"worst_agent": summary["worst_agent_final"], "reward_auc": rewards[0].mean(),
+            "kl_initial": kl_initial[0][-1],
+            "episodes": sum(row["episodes"] for row in log if row["update"] == last),
+            "judge_agents": report.join(row["judge"] for row in log if row["update"] == last),
+            "judge_curve": report.join(judged[0]), "reward_curve": report.join(rewards[0])}
     for level in (0.6, 0.8):
-        reached = plot.updates_to(updates, judged[0], level)
+        reached = report.updates_to(updates, judged[0], level)
         row[f"updates_to_{level}"] = reached if math.isfinite(reached) else ""
-    return {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+    return row
+
+
+def responses(world: World, task: Task,
+              policy: "ppo_core.Policy | Mixture") -> list[tuple]:
+    """To the evaluation prompts, with the random numbers that the judge's are sampled with."""
+    return world.respond(task.eval_prompts, policy, data.generator(task.seed, "evaluation"))
 
 
 @torch.no_grad()
-def together(world: fedppo.World, task: fedppo.Task, agents: list[fedppo.Agent]) -> dict[str, float]:
-    """What one more exchange after the last update would give: the judge's score of the agents' policies as one.
+def together(world: World, task: Task, agents: list[fedppo.Agent]) -> dict:
+    """What one more exchange after the last update would give: the judge's score of the agents'
+    policies as one.
 
-    judge_average: of the plain average of their weights; judge_mixture: of the geometric mean of their next-token
-    distributions, sampled token by token.
+    judge_average: of the plain average of their weights; judge_mixture: of the geometric mean of
+    their next-token distributions, sampled token by token.
     """
     average = world.new_policy()
     states = [agent.policy.model.state_dict() for agent in agents]
-    average.model.load_state_dict(kl.average_weights(states, [1 / len(states)] * len(states)))
+    weights = [1 / len(states)] * len(states)
+    average.model.load_state_dict(kl.average_weights(states, weights))
 
     def score(policy) -> float:
-        batches = world.batches(task.eval_prompts, policy, fedppo.generator(task.seed, "evaluation"))
-        return torch.cat([task.judge(*batch) for batch in batches]).mean().item()
+        judged = [task.judge(*batch) for batch in responses(world, task, policy)]
+        return torch.cat(judged).mean().item()
 
-    return {"judge_average": score(average), "judge_mixture": score(Mixture([agent.policy for agent in agents]))}
+    return {"judge_average": score(average),
+            "judge_mixture": score(Mixture([agent.policy for agent in agents]))}
 
 
-class Mixture(torch.nn.Module):
-    """The geometric mean of several policies with equal weights, as a model that ppo_core.generate can sample."""
+class Mixture:
+    """The geometric mean of several policies in equal parts, for ppo_core.generate to sample."""
 
     def __init__(self, policies: list[ppo_core.Policy]):
-        super().__init__()
         self.policies = policies
 
-    def forward(self, past_key_values=None, **inputs) -> SimpleNamespace:
+    def __call__(self, past_key_values=None, **inputs) -> SimpleNamespace:
         caches = past_key_values or [None] * len(self.policies)
-        outputs = [policy(past_key_values=cache, **inputs) for policy, cache in
-                   zip(self.policies, caches, strict=True)]
+        outputs = [policy(past_key_values=cache, **inputs)
+                   for policy, cache in zip(self.policies, caches, strict=True)]
         weights = [1 / len(outputs)] * len(outputs)
-        return SimpleNamespace(logits=kl.cooperative_logprobs([output.logits for output in outputs], weights),
-                               past_key_values=[output.past_key_values for output in outputs])
+        return SimpleNamespace(
+            logits=kl.cooperative_logprobs([output.logits for output in outputs], weights),
+            past_key_values=[output.past_key_values for output in outputs])
 
 
-def by_topic(world: fedppo.World, task: fedppo.Task, agents: list[fedppo.Agent], communities: bool) -> dict:
+def by_topic(world: World, task: Task, agents: list[fedppo.Agent],
+             regime: str) -> dict:
     """Of the responses that the judge scored last, means over agents.
 
-    own_topics: the judge's score on the topics that the agent was trained on;  own_truth: with communities, the score
-    by its own community's truth, on all topics.
+    own_topics: the judge's score on the topics that the agent was trained on;  own_truth: with
+    communities, the score by its own community's truth, on all topics.
     """
     own_topics, own = [], []
     for agent in agents:
         topics = {judge.topic_of(prompt) for prompt in agent.prompts}
-        for batch in world.batches(task.eval_prompts, agent.policy, fedppo.generator(task.seed, "evaluation")):
+        for batch in responses(world, task, agent.policy):
             prompts = data.decode(world.tokenizer, *batch[:2])
             known = torch.tensor([judge.topic_of(prompt) in topics for prompt in prompts])
             own_topics.append(task.judge(*batch)[known])
-            if communities:
-                own.append(data.text_scorer(lambda *texts, number=agent.index // 2: [
-                    own_truth(number, *one) for one in zip(*texts, strict=True)], "own truth", world.tokenizer)(*batch))
+            if regime == "two communities":
+                ended = ((batch[2] == world.eos_id) & batch[3].bool()).any(1).tolist()
+                texts = zip(prompts, data.decode(world.tokenizer, *batch[2:]), ended, strict=True)
+                own += [own_truth(agent.index // 2, *text) for text in texts]
     return {"own_topics": torch.cat(own_topics).mean().item(),
-            "own_truth": torch.cat(own).mean().item() if communities else ""}
+            "own_truth": sum(own) / len(own) if own else ""}
 
 
-# -------------------------------------------------------------------------------------------------------- schedule
+# --------------------------------------------------------------------------------------- schedule
 
 
 def load(path: Path) -> list[dict]:
@@ -432,35 +468,40 @@ def load(path: Path) -> list[dict]:
 
 def save(path: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> None:
     """All rows in a fixed order, under a temporary name first."""
-    regimes, arms = ({name: k for k, name in enumerate(names)} for names in
-                     (REGIMES, ARMS | PENALTY_ARMS | COMMUNITY_ARMS))
-    rows = sorted(rows, key=lambda row: (regimes.get(row["regime"], len(regimes)), row["regime"],
-                                         arms.get(row["arm"], len(arms)), row["arm"], int(row["seed"]),
-                                         row["settings"]))
+    regimes, arms = ({name: k for k, name in enumerate(names)}
+                     for names in (REGIMES, ARMS | PENALTY_ARMS | COMMUNITY_ARMS))
+
+    def place(row: dict) -> tuple:
+        return (regimes.get(row["regime"], len(regimes)), row["regime"],
+                arms.get(row["arm"], len(arms)), row["arm"], int(row["seed"]), row["settings"])
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(sorted(rows, key=place))
     os.replace(temporary, path)
 
 
-def complete(path: Path, jobs: list[Job], stage: str, processes: int, run: Callable[[Job], dict] = run,
-             columns: tuple[str, ...] = COLUMNS) -> list[dict]:
+def complete(path: Path, jobs: list[Job], stage: str, processes: int,
+             run: Callable[[Job], dict] = run, columns: tuple[str, ...] = COLUMNS) -> list[dict]:
     """Do those of the jobs that path does not hold, and add them to it -> all its rows."""
     rows = load(path)
     done = {key(row) for row in rows}
-    pending = list(dict.fromkeys(j for j in jobs if j not in done))
+    pending = list(dict.fromkeys(one for one in jobs if one not in done))
     if not pending:
         return rows
     save(path, rows, columns)
-    bar = tqdm(total=round(sum(j.cost for j in pending)), desc=stage, unit="run", smoothing=0.05, dynamic_ncols=True,
-               bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}, {remaining} left]")
+    bar = tqdm(total=sum(one.cost for one in pending), desc=stage, unit="run", smoothing=0.05,
+               dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/"
+                                              "{total:.0f} [{elapsed}, {remaining} left]")
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("a", newline=""))
         writer = csv.DictWriter(file, columns, lineterminator="\n")
-        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes)) if processes > 1 else None
-        for row in (pool.imap_unordered if pool else map)(run, pending):
+        side_by_side = map
+        if processes > 1:
+            pool = multiprocessing.get_context("spawn").Pool(processes)
+            side_by_side = stack.enter_context(pool).imap_unordered
+        for row in side_by_side(run, pending):
             writer.writerow(row)
             file.flush()
             bar.update(key(row).cost)
@@ -470,31 +511,37 @@ def complete(path: Path, jobs: list[Job], stage: str, processes: int, run: Calla
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------- main
 
 STAGES = ("tune", "reported", "penalty", "confirm", "again")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few seeds and rounds, at the chosen settings")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all, in this order")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each [one per core]")
+    parser.add_argument("--quick", action="store_true",
+                        help="few seeds and rounds, at the chosen settings")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES,
+                        help="default: all, in this order")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(),
+                        help="of one thread each [one per core]")
     options = parser.parse_args(argv)
     started = time.perf_counter()
     os.chdir(HERE.parent)  # the flags name files of the repository
     results = HERE / "results"
     if options.quick:
-        chosen = json.loads((results / "chosen.json").read_text())
+        chosen = read(results / "chosen.json")
         results = Path("runs/study-quick")
         results.mkdir(parents=True, exist_ok=True)
         quick(results, chosen, options.processes)
     else:
-        results.mkdir(exist_ok=True)
         staged(results, options.stages, options.processes)
     print(report.write(results))
     print(f"{time.perf_counter() - started:.0f} s in all")
     return 0
+
+
+def read(chosen_path: Path) -> dict[str, dict]:
+    return json.loads(chosen_path.read_text())
 
 
 def staged(results: Path, stages: list[str], processes: int) -> None:
@@ -502,16 +549,16 @@ def staged(results: Path, stages: list[str], processes: int) -> None:
     if "tune" in stages:
         tune(path, chosen_path, ARMS, processes)
     if "reported" in stages:
-        complete(path, reported_jobs(json.loads(chosen_path.read_text())), "reported", processes)
+        complete(path, reported_jobs(read(chosen_path)), "reported", processes)
     if "penalty" in stages:
         tune(path, chosen_path, TWINS, processes)
-        chosen = json.loads(chosen_path.read_text())
+        chosen = read(chosen_path)
         complete(path, [chosen_job(chosen, arm, "headline", seed) for seed in REPORTED[:ELSEWHERE]
                         for arm in PENALTY_ARMS], "penalty", processes)
     if "confirm" in stages:
-        complete(path, confirm_jobs(json.loads(chosen_path.read_text())), "confirm", processes)
+        complete(path, confirm_jobs(read(chosen_path)), "confirm", processes)
     if "again" in stages:
-        complete(results / "again.csv", again_jobs(json.loads(chosen_path.read_text())), "again", processes)
+        complete(results / "again.csv", again_jobs(read(chosen_path)), "again", processes)
 
 
 def tune(path: Path, chosen_path: Path, arms: Iterable[str], processes: int) -> None:
@@ -525,8 +572,9 @@ def tune(path: Path, chosen_path: Path, arms: Iterable[str], processes: int) -> 
 def quick(results: Path, chosen: dict[str, dict], processes: int) -> None:
     wanted = [(arm, "headline") for arm in ARMS]
     wanted += [(arm, regime) for regime in QUICK_REGIMES for arm in ABROAD]
-    jobs = [chosen_job(chosen, arm, regime, seed) for seed in REPORTED[:2] for arm, regime in wanted]
-    jobs = [dataclasses.replace(j, flags=f"{j.flags} --rounds 3 --eval-prompts 64") for j in jobs]
+    jobs = [chosen_job(chosen, *one, seed) for seed in REPORTED[:2] for one in wanted]
+    jobs = [dataclasses.replace(one, flags=f"{one.flags} --rounds 3 --eval-prompts 64")
+            for one in jobs]
     complete(results / "study.csv", jobs, "quick", processes)
 
 

@@ -11,7 +11,9 @@ import worlds  # noqa: E402
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
 
 import fedppo  # noqa: E402
+import plot  # noqa: E402
 import ppo_core  # noqa: E402
+from support import settings  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -20,14 +22,14 @@ torch.set_num_threads(1)
 def no_picture():
     """Runs draw none: it would take a third of their time, and tests/test_plot.py has its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedppo.plot, "draw", lambda folders, out: (out, out))
+        patch.setattr(plot, "draw", lambda folders, out: (out, out))
         yield
 
 
 @pytest.fixture(scope="session")
 def small_settings():
     """small_settings(**changes) -> the tiny preset, cut to a run of seconds."""
-    tiny = fedppo.parse(["--preset", "tiny", "--device", "cpu", "--workers", "1"])[0]
+    tiny = settings.parse(["--preset", "tiny", "--device", "cpu"], fedppo.MODES).settings
     small = dataclasses.replace(tiny, agents=2, rounds=2, updates=1, batch=8, pairs=60, eval_prompts=8, reward_epochs=2)
     return lambda **changes: dataclasses.replace(small, **changes)
 

@@ -1,8 +1,11 @@
-"""What the README says is true: line counts, links to lines, numbers, commands, and the recipes run."""
+"""Both READMEs say what is so: line counts, links, flags, numbers; and their code runs."""
 
 import contextlib
+import dataclasses
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,156 +14,205 @@ import torch
 
 import fedppo
 import kl
+from support.settings import Settings, parse
 
 ROOT = Path(kl.__file__).parent
-README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks/results"
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md")}
+README, BENCHMARKS = PAGES.values()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+BAND = r"[+-]\d+\.\d\d \[[^]]*\]"
 
 
-def test_map_has_the_true_line_counts():
-    rows = re.findall(r"^\| \[`([\w/]+\.py)`\]\([\w/]+\.py\) \| ([\d,]+) \|", README, re.M)
-    assert {file for file, _ in rows} >= {"fedppo.py", "ppo_core.py", "kl.py", "data.py", "plot.py"}
-    for file, lines in rows:
-        assert int(lines.replace(",", "")) == len((ROOT / file).read_text().splitlines()), file
+# ------------------------------------------------------------------------------- files and counts
 
 
-def test_links_point_at_the_lines_they_name():
-    links = re.findall(r"\[`([^`]+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
-    assert len(links) >= 29
-    for text, file, line in links:
-        assert text in (ROOT / file).read_text().splitlines()[int(line) - 1], (text, file, line)
+def test_the_map_has_the_true_line_counts():
+    rows = dict(re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| ([\d,]+) \|", README, re.M))
+    assert list(rows) == ["walkthrough.py", "kl.py", "ppo_core.py", "data.py", "fedppo.py",
+                          "plot.py"]
+    true = {file: f"{len((ROOT / file).read_text().splitlines()):,}" for file in rows}
+    assert rows == true
+    total = sum(int(lines.replace(",", "")) for lines in true.values())
+    assert f"are the stage: all that the algorithm is, {total:,} lines" in README, f"{total:,}"
 
 
-def test_relative_links_and_pictures_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_and_pictures_exist(page):
+    targets = re.findall(r"\]\((?!http)([^)#]*)(?:#([\w-]+))?\)", PAGES[page])
+    assert len(targets) > 10
+    headings = {line.lstrip("# ").lower().replace(" ", "-") for line in PAGES[page].splitlines()
+                if line.startswith("#")}
+    for path, anchor in targets:
+        assert (ROOT / page).parent.joinpath(path).exists(), path
+        assert path or anchor in headings, anchor
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 210
+
+
+# ------------------------------------------------------------------------------ flags and commands
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_is_one_of_the_command_line(page):
+    scripts = [ROOT / "plot.py", *(ROOT / "benchmarks").glob("*.py")]
+    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings)}
+    known |= {"--check", "--resume", "--help"}
+    known |= {flag for path in scripts
+              for flag in re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text())}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[page]))
+    assert named and not named - known, named - known
+
+
+def test_commands_parse():
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+    commands = re.findall(r"python fedppo\.py (.*)", shell)
+    whole = [command.split("#")[0].split() for command in commands if "DIR_" not in command]
+    assert len(whole) == 2
+    for argv in whole:
+        assert parse([*argv, "--preset", "tiny"], fedppo.MODES).settings.agents == 4
 
 
 def test_ci_runs_the_readmes_test_command():
-    command = next(line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("python3 -m venv"))
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    command = next(line for line in lines if line.startswith("python3 -m venv"))
     assert f"```sh\n{command}\n```" in README
 
 
-def test_every_result_stands_in_the_studys_tables():
-    """Rows of tables and differences with a band, on the first screen and in the sections that report measurements."""
-    tables = (ROOT / "benchmarks/results/tables.md").read_text()
-    for section in ("**Does it help?**", "## What was measured", "## Where it helps and where not",
-                    "## What did not work"):
-        text = README.split(section)[1].split("\n## ")[0]
-        rows = [line for line in text.splitlines() if line.startswith("| ")]
-        for row in rows:
-            assert row in tables.splitlines(), row
-        for band in re.findall(r"[+-]\d\.\d\d \[[^]]*\]", text):
-            assert band in tables, band
-    assert "| arm |" in README and "| regime |" in README
+def test_the_table_of_modes_is_that_of_the_program():
+    table = README.split("| mode | rows of W |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in table.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(fedppo.MODES)
+    for name, *_, tuned in rows:
+        settings = parse(["--preset", "tiny", "--mode", name.strip("`")], fedppo.MODES).settings
+        arm = fedppo.arm_settings(settings, name.strip("`"))
+        assert tuned == f"{arm.beta:g}, {arm.lr:.0e}".replace("e-0", "e-"), name
 
 
-@pytest.mark.parametrize("section, file", [("When an agent is bad", "attacks.md"), ("Speed", "speed-*.md")])
-def test_other_results_stand_in_their_files(section, file):
-    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    made = "".join(path.read_text() for path in (ROOT / "benchmarks/results").glob(file))
-    assert rows
-    for row in rows:
-        assert row in made.splitlines(), row
-    for band in re.findall(r"[+-]\d\.\d\d \[[^]]*\]", text):
-        assert band in made, band
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def tables(text: str) -> list[list[str]]:
+    """The tables of a page of markdown, as lists of their lines, the header first."""
+    return [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+
+
+def section(title: str) -> str:
+    return BENCHMARKS.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("text, file, count", [
+    (README.split("**Does it help?**")[1].split("\n## ")[0], "tables.md", 1),
+    (section("What was measured"), "tables.md", 4),
+    (section("Where it helps and where not"), "tables.md", 4),
+    (section("When an agent is bad"), "attacks.md", 1),
+    (section("Speed"), "speed-*.md", 5),
+    (section("What did not work"), "tables.md", 0),
+], ids=["first screen", "measured", "where", "attacks", "speed", "did not work"])
+def test_every_result_stands_in_its_file(text, file, count):
+    """Each table is a part of one table of the file, and each difference with a band is in it."""
+    made = [path.read_text() for path in sorted(RESULTS.glob(file))]
+    sources = [table for page in made for table in tables(page)]
+    shown = [table for table in tables(text) if re.search(r"\d\.\d", "".join(table))]
+    assert len(shown) == count
+    for table in shown:
+        assert any(table[0] == source[0] and set(table) <= set(source) for source in sources), table
+    for band in re.findall(BAND, text):
+        assert any(band in page for page in made), band
+
+
+def test_the_whole_tables_of_the_confirmation_seeds_are_shown():
+    made = (RESULTS / "tables.md").read_text()
+    for title in ("Headline", "Questions", "On the agent's own topics", "One policy for all"):
+        table = tables(made.split(f"\n## {title}, confirmation seeds\n")[1])[0]
+        assert "\n".join(table) in BENCHMARKS, title
+    assert "\n".join(tables(made.split("\n## In short, confirmation seeds\n")[1])[0]) in README
 
 
 def test_the_tables_are_those_of_their_measurements():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import attacks
+    import report
     import speed
     import study
-    results = ROOT / "benchmarks/results"
-    assert attacks.tables(study.load(results / "attacks.csv")) == (results / "attacks.md").read_text()
-    for path in results.glob("speed-*.json"):
+    assert report.tables(report.Study(RESULTS)) == (RESULTS / "tables.md").read_text()
+    rows = study.load(RESULTS / "attacks.csv")
+    assert attacks.tables(rows) == (RESULTS / "attacks.md").read_text()
+    for path in RESULTS.glob("speed-*.json"):
         assert speed.tables(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
 
 
-def test_the_tables_are_those_of_the_csv():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import report
-    results = ROOT / "benchmarks/results"
-    assert report.tables(report.Study(results)) == (results / "tables.md").read_text()
-
-
-def test_the_dict_of_metrics_is_the_glossary(tmp_path):
-    assert fedppo.main(["--preset", "tiny", "--agents", "1", "--pairs", "20", "--eval-prompts", "8", "--rounds", "1",
-                        "--updates", "1", "--batch", "8", "--out", str(tmp_path), "--name", "run"]) == 0
-    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
-    glossary = README.split("## Glossary of metrics")[1].split("## ")[0]
-    named = {name for line in glossary.splitlines() if line.startswith("| `")
-             for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}
-    assert named == set(row)
+# ------------------------------------------------------------------------------------------- code
 
 
 @pytest.fixture(scope="module")
-def recipes() -> dict:
-    """The names that the README's python blocks define, run in order as someone who pastes them would."""
+def shown() -> dict:
+    """The names that README's python blocks define, run in order as a reader pastes them."""
     namespace: dict = {}
+    modes = dict(fedppo.MODES)
     with contextlib.chdir(ROOT):
         for block in BLOCKS:
             exec(block, namespace)
+    fedppo.MODES.clear()
+    fedppo.MODES.update(modes)
     return namespace
 
 
-def test_recipe_ppo(recipes):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 5, 7, generator=generator, requires_grad=True)
-    peers = [torch.randn(2, 5, 7, generator=generator) for _ in range(2)]
-    tokens, mask = torch.randint(7, (2, 5), generator=generator), torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
+def test_two_rounds_of_two_agents_from_python(shown):
+    rows = shown["rows"]
+    assert sorted((row["agent"], row["update"]) for row in rows) == \
+        [(agent, update) for agent in range(2) for update in range(3)]
+    assert all(isinstance(row["judge"], float) for row in rows)
+    assert all(row["kl"] is not None for row in rows if row["update"])
+    assert len(shown["agents"]) == 2
+
+
+def test_example_of_a_reward_function(shown):
+    scores = shown["brevity"](["a", "a"], ["one two", "one"], [True, False])
+    assert scores == pytest.approx([0.8, -0.1])
+
+
+def test_the_pipeline_example_writes_on(shown):
+    assert shown["generate"]("the soup was")[0]["generated_text"].startswith("the soup was")
+
+
+def test_the_recipe_is_ppo_with_the_penalty(shown):
+    stream = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=stream, requires_grad=True)
+    peers = [torch.randn(2, 5, 7, generator=stream) for _ in range(2)]
+    tokens = torch.randint(7, (2, 5), generator=stream)
+    mask = torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
     old = kl.token_logprobs(logits, tokens).detach()
-    loss = recipes["ppo_loss"](logits, tokens, mask, old, torch.zeros(2, 5), peers, [0.5, 0.5], beta=2.0)
+    made = kl.reference(peers, [0.5, 0.5])
+    half = [0.5, 0.5]
+    loss = shown["ppo_loss"](logits, tokens, mask, old, torch.zeros(2, 5), made, half, beta=2.0)
     rho = (0.5 * peers[0].log_softmax(-1) + 0.5 * peers[1].log_softmax(-1)).log_softmax(-1)
     probs = logits.softmax(-1)
-    expected = (2.0 * (probs * (probs.log() - rho)).sum(-1) * mask).sum() / mask.sum()  # no advantage: penalty alone
+    penalty = (probs * (probs.log() - rho)).sum(-1)  # no advantage: the penalty is the loss
+    expected = 2.0 * (penalty * mask).sum() / mask.sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     assert logits.grad.abs().sum() > 0 and not logits.grad[1, 3:].any()
 
 
-def test_recipe_grpo(recipes):
-    rewards = torch.tensor([[1.0, 3.0]])  # one prompt, two responses: advantages -0.707 and 0.707
-    logprobs = torch.full((2, 3), -1.0, requires_grad=True)
-    loss = recipes["grpo_loss"](logprobs, logprobs.detach(), torch.full((2, 3), -1.5), rewards, torch.ones(2, 3))
-    assert loss.item() == pytest.approx(0.04 * 0.5**2 / 2, rel=1e-5)  # advantages cancel; k2 = x^2/2, x = 0.5
-    loss.backward()
-    assert torch.allclose(logprobs.grad[:, 0] * 6, torch.tensor([0.7071, -0.7071]) + 0.04 * 0.5, atol=1e-4)
-
-
-def test_recipe_hugging_face_references(recipes):
-    from transformers import AutoModelForCausalLM
-    models = [AutoModelForCausalLM.from_pretrained(ROOT / "tiny/model", dtype=torch.float32).eval() for _ in range(2)]
-    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        own = models[0](input_ids=ids, attention_mask=mask).logits[:, 3:-1]
-        models[1].get_output_embeddings().weight.mul_(1.1)
-    own.requires_grad_(True)
-    penalty = recipes["penalty_to_models"](own, models, [0.7, 0.3], ids, mask, prompt_length=4)
-    assert penalty.shape == (2, 5) and (penalty > 0).all()
-    same = recipes["penalty_to_models"](own, models, [1.0, 0.0], ids, mask, prompt_length=4)
-    assert same.abs().max() < 1e-5
-    penalty.sum().backward()
-    assert own.grad.abs().sum() > 0
-
-
-def test_recipe_hugging_face_references_behind_left_padding(recipes):
+def test_the_recipes_references_are_models_behind_left_padding(shown):
     """Learned positions (GPT-2) show what rotary ones hide."""
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
+    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    models = [GPT2LMHeadModel(config).eval() for _ in range(2)]
     ids, mask = torch.randint(1, 50, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     padded = [torch.nn.functional.pad(x, (4, 0)) for x in (ids, mask)]
     with torch.no_grad():
-        own = model(input_ids=ids).logits[:, 3:-1]
-    assert recipes["penalty_to_models"](own, [model], [1.0], *padded, prompt_length=8).abs().max() < 1e-6
+        logits = [model(input_ids=ids).logits[:, 3:-1] for model in models]
+    made = shown["peers_reference"](models, [0.7, 0.3], *padded, prompt_length=8)
+    assert torch.allclose(made, kl.cooperative_logprobs(logits, [0.7, 0.3]), atol=1e-5)
 
 
-def test_the_pipeline_example_writes_on(recipes):
-    assert recipes["generate"]("the soup was")[0]["generated_text"].startswith("the soup was")
-
-
-def test_example_of_a_reward_function(recipes):
-    assert recipes["brevity"](["a", "a"], ["one two", "one"], [True, False]) == pytest.approx([0.8, -0.1])
+def test_the_recipe_runs_beside_a_copy_of_kl_alone(tmp_path):
+    shutil.copy(ROOT / "kl.py", tmp_path)
+    (tmp_path / "recipe.py").write_text(next(block for block in BLOCKS if "ppo_loss" in block))
+    subprocess.run([sys.executable, "recipe.py"], cwd=tmp_path, check=True, timeout=60)

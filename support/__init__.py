@@ -1,0 +1,1 @@
+"""The back stage: settings, files, checks and speed. To follow the algorithm, skip it."""

@@ -1,0 +1,132 @@
+"""The checks that catch what silently ruins PPO on this model and data, before any training.
+
+`report` prints the list and stops the run if a fatal check fails. `world` and `task` are those of
+world.py; only their fields are read here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import kl
+import ppo_core
+from data import UserError, generator
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the list: `value` must be at most `limit`, or at least if `floor`."""
+
+    name: str
+    value: float
+    limit: float
+    cause: str  # the likely cause of a failure
+    floor: bool = False
+    fatal: bool = True  # a failure stops the run; else it is a warning
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.limit if self.floor else self.value <= self.limit
+
+    def __str__(self) -> str:
+        mark = "ok  " if self.passed else "FAIL" if self.fatal else "WARN"
+        bound = f"at {'least' if self.floor else 'most'} {self.limit:.3g}"
+        line = f"  {mark}  {self.name}: {self.value:.3g} ({bound})"
+        return line if self.passed else f"{line}: {self.cause}"
+
+
+def report(world, task) -> None:
+    """Print the preflight list. Raises UserError if a fatal check failed."""
+    checks = preflight(world, task)
+    total = len(world.pairs) + world.dropped
+    rows = "  note  preference rows dropped because chosen == rejected: "
+    tqdm.write("\n".join(["preflight", *map(str, checks), f"{rows}{world.dropped} of {total}"]))
+    failed = [check.name for check in checks if check.fatal and not check.passed]
+    if failed:
+        raise UserError(f"preflight failed: {'; '.join(failed)} (see the list above for limits and "
+                        "causes)")
+
+
+def preflight(world, task) -> list[Check]:
+    """Every check of a task's first agent, its model and its data."""
+    checks = forward_checks(world, task) + vocabulary_checks(world)
+    models = {f"agent {i}'s reward model": fit for i, fit in enumerate(task.accuracies)}
+    for name, fit in (models | {"the judge": task.judge_accuracy}).items():
+        if fit is not None:
+            accuracy, n = fit
+            chance = 0.5 + 1.645 * 0.5 / n**0.5  # one-sided 95 % bound of a coin
+            checks.append(Check(
+                f"{name}, accuracy on {n} held-out pairs", accuracy, chance, "no better than chance: "
+                "more pairs, another --reward-lr or --reward-epochs, or labels without signal",
+                floor=True, fatal=False))
+    return checks
+
+
+@torch.no_grad()
+def forward_checks(world, task) -> list[Check]:
+    """Whether sampler, training forward, padding and masks agree, on one small rollout."""
+    s, policy = world.settings, world.new_policy()
+    rounding = 1e-4 if s.dtype == "float32" else 0.2  # log-probs of one row computed in two ways
+    rollout = ppo_core.collect(
+        policy, [world.initial], torch.ones(1), world.initial, task.scorers[0],
+        *world.padded((task.shards[0].prompts * 8)[:8]), s, eos_id=world.eos_id,
+        pad_id=world.pad_id, generator=generator(task.seed, "preflight"), generate=world.generate)
+    valid = rollout.mask.bool()
+
+    def worst(difference: torch.Tensor, rows: slice = slice(None)) -> float:
+        return torch.where(valid[rows], difference, 0).abs().max().item()
+
+    def logprobs(rows: slice, pads: int) -> torch.Tensor:
+        """By the training forward, of some rows alone or behind more left padding."""
+        ids = torch.nn.functional.pad(rollout.ids[rows], (pads, 0), value=world.pad_id)
+        attention = torch.nn.functional.pad(rollout.attention[rows], (pads, 0))
+        return ppo_core.evaluate(policy, ids, attention, rollout.response[rows], rollout.mask[rows],
+                                 s.temperature)[0]
+
+    half, everything = slice(0, 4), slice(None)
+    ratio = (logprobs(half, 0) - rollout.logprobs[half]).exp()
+    all_logprobs = ppo_core.evaluate(policy, rollout.ids, rollout.attention, rollout.response,
+                                     rollout.mask, s.temperature)[1]
+    return [
+        Check("ratio on the first minibatch, |ratio - 1|", worst(ratio - 1, half), rounding / 10,
+              "old and new log-probs come from different forwards, temperatures or precisions, or "
+              "dropout is on"),
+        Check("KL while policy = reference, nats per token", worst(rollout.kl), 1e-5,
+              "policy and reference differ in temperature, mask or precision"),
+        Check("left padding, change of log-probs",
+              worst(logprobs(everything, 3) - rollout.logprobs), rounding,
+              "the model does not honour attention_mask or position_ids"),
+        Check("cached sampling against the training forward, log-probs",
+              worst(cached_logprobs(policy, rollout, s.temperature) - rollout.logprobs), rounding,
+              "the key/value cache is wrong, or the model changes its logits after the output "
+              "embedding"),
+        Check(f"EOS id {world.eos_id} and pad id {world.pad_id} are two, difference",
+              abs(world.eos_id - world.pad_id), 1, "the tokenizer's pad token is its EOS",
+              floor=True),
+        Check("EOS can be sampled, largest probability",
+              worst(all_logprobs[..., world.eos_id].exp()), 1e-4,
+              "the model has not learned to end: a longer --response-length, or "
+              "--missing-eos-penalty 0", floor=True, fatal=False)]
+
+
+def cached_logprobs(
+    policy: ppo_core.Policy, rollout: ppo_core.Rollout, temperature: float
+) -> torch.Tensor:
+    """log pi(a_t|s_t) [B, T] as the sampler sees it: prompt first, then token by token."""
+    Q, T = rollout.prompt_length, rollout.response.shape[1]
+    step = policy.decoder(rollout.attention[:, :Q], T)
+    logits = [step(rollout.ids[:, :Q])]
+    logits += [step(rollout.response[:, t - 1:t]) for t in range(1, T)]
+    return kl.token_logprobs(torch.stack(logits, 1), rollout.response, temperature)
+
+
+def vocabulary_checks(world) -> list[Check]:
+    """Whether the tokenizer knows the prompts' words."""
+    unknown = world.tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    tokens = [token for ids in world.prompt_ids.values() for token in ids]
+    return [Check("share of prompt tokens that the vocabulary does not know",
+                  tokens.count(unknown) / len(tokens), 0.01,
+                  "the model's tokenizer is for other text", fatal=False)]

@@ -1,0 +1,463 @@
+"""A run's folder: what it leaves behind, and how an interrupted one goes on. Knows no Agent.
+
+In reading order
+    1. glossary        every key of metrics.jsonl and summary.json
+    2. Run             log, save, finish: config.json, metrics.jsonl, summary.json, samples.md,
+                       curves.png and .svg, agents/
+    3. checkpoints     write_checkpoint, read_checkpoint
+    4. files           what a run writes once: config.json, an agent's folder, samples.md
+    5. stopping        stoppable: Ctrl-C and SIGTERM end a run at once
+
+Metrics, one line of metrics.jsonl per mode, seed, agent and update. Line 0 is before the first
+update; what was not measured at an update is null (episodes, bytes and seconds are 0). `reward` to
+`ended` are of the rollout *before* its update, `judge` is of the policy *after* it.
+
+    mode, seed, agent, round, update   which line this is; `update` counts an agent's PPO updates
+    judge            mean of the judge's score over the held-out prompts (the same for all agents
+    and
+                     modes), sampled at the training temperature with one random stream; before the
+                     first update and after every round
+    episodes         responses that the agent has learned from so far
+    reward           the agent's own reward, mean over the rollout; normalised to mean 0 and
+    standard
+                     deviation 1 on samples of the initial policy, minus the missing-EOS penalty
+                     where it applies; without the KL penalty
+    kl               KL(policy||cooperative reference), summed over the response, mean over
+    responses,
+                     nats, by the estimator that is trained on
+    kl_initial       exact KL(policy||initial policy), summed and averaged likewise
+    entropy          of the next-token distribution, mean over valid tokens, nats
+    policy_loss, value_loss    means over the update's gradient steps; the value loss before c_v
+    clipfrac, value_clipfrac   share of valid tokens where the clipped term is the larger one
+    length, ended    tokens per response, EOS included; share of responses with EOS
+    bytes            received by this agent at exchanges so far
+    seconds          of this update alone
+    approx_kl        k3 of KL(rollout policy||current policy) per token, mean over gradient steps
+    grad_norm        before clipping, mean over gradient steps
+    lr, beta         used in this update
+    reward_accuracy  of the agent's reward model on held-out pairs; on line 0 only, null where the
+                     reward is given
+    missed           null, or why this agent could not hear a peer in this round: `absent` (itself),
+                     `agent 2 absent`, `agent 2 diverged`, `is an outlier`, `is not finite`, `has no
+                     finite log-probs`, `has another shape`
+
+summary.json has per mode and seed: judge_initial and judge_final (means over agents), judge_auc
+(mean height of the judge's curve over updates), reward_final (own reward over the last round),
+worst_agent_final, incomplete_exchanges, and seconds and bytes summed over agents; the means over
+seeds; and the paired difference federated - isolated where a run has both.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import plot
+from data import UserError
+from support import load
+from support.settings import Settings, show, to_resume
+
+KEYS = ("mode", "seed", "agent", "round", "update", "judge", "episodes", "reward", "kl", "kl_initial",
+        "entropy", "policy_loss", "value_loss", "clipfrac", "length", "ended", "bytes", "seconds",
+        "value_clipfrac", "approx_kl", "grad_norm", "lr", "beta", "reward_accuracy", "missed")
+COUNTED = ("episodes", "bytes", "seconds")  # 0, not null, where there is nothing yet
+ALARMS = {"reward": 10.0, "kl": 100.0, "kl_initial": 100.0}  # standard deviations; nats a response
+SECONDS_BETWEEN = 30.0  # two checkpoints: rounds that are shorter share one
+LARGE = 1e9  # bytes: the size of such a checkpoint is said
+
+# --------------------------------------------------------------------------------------------- Run
+
+
+class Run:
+    """A run's folder while it goes on; a context that says how to go on when it is stopped."""
+
+    def __init__(self, s: Settings, command, agents: dict[str, int], matrix: list[list[float]]):
+        """command: of support.settings; agents: how many each mode trains. Raises UserError."""
+        self.settings, self.agents = s, agents
+        self.rows: list[dict] = []
+        self.samples: dict[str, list[dict]] = {}
+        self.last: dict = {"rows": 0}  # the checkpoint that a resumed run goes on from
+        self.saved_at = time.monotonic()  # when the last checkpoint was written
+        self.said: set[tuple] = set()  # warnings are given once
+        self.resumed = bool(command.resume)
+        self.folder = Path(command.resume) if command.resume else new_folder(s)
+        config = self.folder / "config.json"
+        if not self.resumed:
+            write_text(config, json.dumps(describe(s, command.reason, matrix), indent=2) + "\n")
+        self.lock = lock(config)
+        if self.resumed:
+            if json.loads(config.read_text()).get("matrix") != matrix:
+                raise UserError(f"--resume {self.folder}: {s.topology} is no longer the matrix that "
+                                "the run was started with")
+            self.go_back()
+        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        updates = sum(agents[mode] for mode in s.mode) * len(s.seeds) * s.rounds * s.updates
+        done = sum(row["update"] > 0 for row in self.rows)
+        self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True,
+                        smoothing=0.1)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Close the files. What stopped the run is told with the way to go on."""
+        for file in (self.bar, self.metrics, self.lock):
+            file.close()
+        again = shlex.join(to_resume(self.settings, self.folder))
+        if isinstance(error, UserError) and not self.rows and not self.resumed:
+            # Nothing was trained: the mended command can use the folder's name.
+            for file in ("config.json", "metrics.jsonl"):
+                (self.folder / file).unlink(missing_ok=True)
+            self.folder.rmdir()
+        elif isinstance(error, KeyboardInterrupt):
+            goes_on = "continues from the last checkpoint" if self.checkpoints() else "starts over"
+            print(f"\ninterrupted: {shlex.join([sys.executable, sys.argv[0]])} {again} {goes_on}")
+        elif isinstance(error, FloatingPointError):
+            last = self.rows[-1]
+            raise FloatingPointError(f"{last['mode']}, seed {last['seed']}, {error} (metrics so far: "
+                                     f"{self.folder})") from None
+        elif isinstance(error, OSError):  # a full disk, as a rule
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            raise UserError(f"{error.filename or self.folder}: {error.strerror or error}; "
+                            f"{'make room and ' if full else ''}continue with {again}") from None
+
+    def log(self, row: dict) -> None:
+        """Append one line; what was not measured at this update is null."""
+        row = dict(row)
+        mode, seed, agent, update = (row[key] for key in ("mode", "seed", "agent", "update"))
+        if samples := row.pop("samples", None):
+            when = "after" if update else "before"
+            self.samples[f"{mode} {seed} {agent} {when}"] = samples
+        row = {key: row.get(key, 0 if key in COUNTED else None) for key in KEYS}
+        self.rows.append(row)
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        self.warn(row)
+        if update:
+            self.bar.update()
+        self.bar.set_description(f"{mode} seed {seed}")
+        if row["judge"] is not None:
+            latest = {r["agent"]: r["judge"] for r in self.rows
+                      if (r["mode"], r["seed"]) == (mode, seed) and r["judge"] is not None}
+            scores = " ".join(f"{score:.2f}" for score in latest.values())
+            self.bar.set_postfix_str(f"judge {scores}")
+
+    def warn(self, row: dict) -> None:
+        """Say once what a line shows to go wrong."""
+        who = f"{row['mode']}, seed {row['seed']}, agent {row['agent']}"
+        found = {name: f"{who}, update {row['update']}: {name} is {row[name]:.3g}"
+                 for name, limit in ALARMS.items() if abs(row[name] or 0) > limit}
+        if row["missed"] and "diverged in" in row["missed"]:
+            found["diverged"] = (f"{row['mode']}, seed {row['seed']}, {row['missed']}; it is frozen "
+                                 "and left out of exchanges")
+        for name, text in found.items():
+            if (who, name) not in self.said:
+                self.said.add((who, name))
+                tqdm.write(f"warning: {text}")
+
+    # ---- going on
+
+    def checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first; a name has the number of lines written before."""
+        return sorted(self.folder.glob("checkpoint-*.pt"))
+
+    def save(self, seed: int, mode: str, state: dict) -> None:
+        """At the end of a round: a checkpoint, if the last one is old enough."""
+        if time.monotonic() - self.saved_at >= SECONDS_BETWEEN:
+            self.checkpoint(seed, mode, state)
+
+    def checkpoint(self, seed: int, mode: str, state: dict | None) -> None:
+        """All that is needed to go on from here. state: fedppo.train's; None: the arm is
+        finished."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
+        if size > LARGE and "size" not in self.said:
+            self.said.add("size")
+            tqdm.write(f"a checkpoint takes {size / 1e9:.1f} GB; the last two are kept in "
+                       f"{self.folder} until the run is finished")
+        content = {"seed": seed, "mode": mode, "rows": len(self.rows), "samples": self.samples,
+                   "state": state}
+        os.fsync(self.metrics.fileno())  # no checkpoint speaks of lines that a power cut takes
+        # A finished arm's last round and its end have the same number of lines: the end counts.
+        end = "-end" if state is None else ""
+        write_checkpoint(self.folder / f"checkpoint-{len(self.rows):08d}{end}.pt", content)
+        for old in self.checkpoints()[:-2]:
+            old.unlink()
+        self.saved_at = time.monotonic()
+
+    def finished(self, seed: int, mode: str) -> bool:
+        """Whether a resumed run has this arm complete, its agents saved."""
+        rows = sum((row["seed"], row["mode"]) == (seed, mode) and row["update"] > 0
+                   for row in self.rows)
+        complete = rows == self.agents[mode] * self.settings.rounds * self.settings.updates
+        going_on = (self.last.get("seed"), self.last.get("mode")) == (seed, mode)
+        return complete and not (going_on and self.last["state"])
+
+    def state_of(self, seed: int, mode: str) -> dict | None:
+        """What fedppo.train goes on from, if the last checkpoint is of this arm: given once."""
+        if (self.last.get("seed"), self.last.get("mode")) != (seed, mode):
+            return None
+        state, self.last = self.last["state"], {"rows": 0}  # so that its memory can be freed
+        return state
+
+    def go_back(self) -> None:
+        """To the last checkpoint that can be used; later lines are dropped. Raises UserError."""
+        path, unusable = self.folder / "metrics.jsonl", {}
+        content = path.read_bytes() if path.exists() else b""
+        lines = content.split(b"\n")[:-1]  # half a last one is dropped
+        for file in reversed(self.checkpoints()):
+            try:
+                last = read_checkpoint(file)
+                rows = [json.loads(line) for line in lines[:last["rows"]]]
+                if len(rows) < last["rows"]:
+                    raise ValueError(f"metrics.jsonl has {len(rows)} of the {last['rows']} lines it "
+                                     "speaks of")
+            except Exception as error:  # damage shows in many ways
+                text = " ".join(str(error).split())[:100]
+                unusable[file] = f"{type(error).__name__}: {text}"
+                continue
+            self.last, self.rows, self.samples = last, rows, last["samples"]
+            break
+        else:
+            if unusable:
+                told = "; ".join(f"{file} cannot be used ({why})" for file, why in unusable.items())
+                raise UserError(f"{told}: there is no other checkpoint")
+            if len(lines) > sum(self.agents.values()):
+                print(f"warning: no checkpoint in {self.folder}: it starts over, and {len(lines)} "
+                      "lines are dropped")
+        for file, why in unusable.items():
+            print(f"warning: {file} cannot be used ({why}); the run goes on from the checkpoint "
+                  "before it")
+            file.rename(file.with_suffix(".damaged"))
+        for file in self.folder.glob("*.tmp"):
+            file.unlink()
+        write_text(path, b"".join(line + b"\n" for line in lines[:self.last["rows"]]).decode())
+
+    # ---- the end of an arm, and of the run
+
+    def save_agents(
+        self, seed: int, mode: str, models: dict, tokenizer, forbidden: torch.Tensor, s: Settings
+    ) -> None:
+        """Every agent's policy as a folder; then the arm is finished. s: the arm's settings."""
+        for index, model in models.items():
+            folder = self.folder / "agents" / f"{mode}-seed{seed}-agent{index}"
+            save_agent(folder, model, tokenizer, forbidden, s)
+            card = model_card(f"Agent {index}, {mode}, seed {seed}", s)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        self.checkpoint(seed, mode, None)
+
+    def finish(self) -> str:
+        """Write what is made of the metrics -> the text to print."""
+        self.bar.close()
+        summary = plot.summarise(self.rows)
+        write_text(self.folder / "samples.md", samples_page(self.samples, self.settings))
+        picture, _ = plot.draw([self.folder], self.folder / "curves.png")
+        # Last of all: it marks the run as finished.
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        for file in self.folder.glob("checkpoint-*"):
+            file.unlink()
+        return (f"{plot.table(summary)}\n\npicture   {picture}\n"
+                f"samples   {self.folder / 'samples.md'}\nagents    {self.folder / 'agents'}")
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """Plain dicts, lists and tensors as one file, under a temporary name first. Raises OSError."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk so
+        temporary.unlink(missing_ok=True)
+        number = getattr(error, "errno", None) or errno.ENOSPC
+        text = f"no checkpoint can be written ({' '.join(str(error).split())[:100]})"
+        raise OSError(number, text, str(path)) from None
+    replace(temporary, path)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What write_checkpoint wrote; nothing is unpickled into code. Raises an exception if damaged.
+
+    torch.save writes a zip file, whose records carry checksums that torch.load does not look at.
+    """
+    with zipfile.ZipFile(path) as file:
+        if damaged := file.testzip():
+            raise ValueError(f"its record {damaged} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def tensors_of(node) -> list[torch.Tensor]:
+    """All tensors in a nest of dicts and lists."""
+    if isinstance(node, torch.Tensor):
+        return [node]
+    values = node.values() if isinstance(node, dict) else node
+    return [tensor for value in values for tensor in tensors_of(value)] \
+        if isinstance(node, dict | list | tuple) else []
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or, if the disk is full or the process is killed, what was there before."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    replace(temporary, path)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Give a complete file its name; both are on the disk when this returns, whatever happens
+    next."""
+    sync(temporary)
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: Path):
+    """The file, open, and kept from other processes until it is closed. Raises UserError."""
+    file = path.open()
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        raise UserError(f"{path.parent} is in use by a run that has not ended") from None
+    return file
+
+
+def new_folder(s: Settings) -> Path:
+    """The run's own empty folder. Raises UserError."""
+    name = s.name or f"{'-'.join(s.mode)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(s.out) / name
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} exists and is not empty: choose another --name, or continue "
+                            f"it with --resume {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").touch()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+    return folder
+
+
+def describe(s: Settings, reason: str, matrix: list[list[float]]) -> dict:
+    """config.json: what ran, on what, and why this preset."""
+    commit = None  # no git, or not a checkout of its own
+    if (load.HOME / ".git").exists() and shutil.which("git"):
+        words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        asked = subprocess.run(words, cwd=load.HOME, capture_output=True, text=True, check=False)
+        commit = asked.stdout.strip() or None
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "datasets", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"settings": dataclasses.asdict(s), "preset": {"choice": s.preset, "reason": reason},
+            "matrix": matrix, "commit": commit, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": versions,
+            "hardware": {"machine": platform.machine(), "system": platform.system(),
+                         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}}
+
+
+def save_agent(folder: Path, model, tokenizer, forbidden: torch.Tensor, s: Settings) -> None:
+    """A policy as a Hugging Face directory whose generation settings repeat the sampler's."""
+    from transformers import GenerationConfig
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=s.temperature, top_k=0, max_new_tokens=s.response_length,
+        max_length=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=forbidden.nonzero()[:, 0].tolist())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def model_card(title: str, s: Settings) -> str:
+    """README.md of an agent's folder; s: the settings of its mode."""
+    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}\n\n"
+            f"A policy trained by Federated PPO from `{show(s.model)}` on `{show(s.dataset)}`: "
+            f"{s.rounds} rounds of {s.updates} updates, rule `{s.rule}`, beta {s.beta:g}. All "
+            "settings stand in the run's config.json.\n\n```python\nfrom transformers import "
+            'pipeline\n\ngenerate = pipeline("text-generation", "PATH OF THIS FOLDER")\n```\n\n'
+            "Trained against a reward model of limited accuracy; it can have learned that model's "
+            "errors. A policy can leak what it has memorised of its agent's data.\n")
+
+
+def samples_page(samples: dict[str, list[dict]], s: Settings) -> str:
+    """samples.md: for the first seed, the same prompts before and after, per mode and agent."""
+    lines = ["# The same prompts before and after training", "",
+             f"Seed {s.seeds[0]}, sampled at temperature {s.temperature:g}. ⏹ marks a response that "
+             "ended by itself; a number is the judge's score.", ""]
+    for name, before in samples.items():
+        mode, seed, agent, when = name.split()
+        if when != "before" or int(seed) != s.seeds[0]:
+            continue
+        lines += [f"## {mode}, agent {agent}", "", "| prompt | before | after |", "|---|---|---|"]
+        after = samples[f"{mode} {seed} {agent} after"]
+        for old, new in zip(before, after, strict=True):
+            cells = [" ".join(str(new["prompt"]).split()), sample_cell(old), sample_cell(new)]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def sample_cell(sample: dict) -> str:
+    score = "" if sample["judge"] is None else f" **{sample['judge']:.2f}**"
+    return f"{' '.join(sample['response'].split())}{' ⏹' if sample['ended'] else ''}{score}"
+
+
+# ---------------------------------------------------------------------------------------- stopping
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stoppable():
+    """In here SIGINT (Ctrl-C) and SIGTERM raise Stopped, where this is the main thread."""
+    def stop(number: int, frame) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():  # no handler can be set there
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

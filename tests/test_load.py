@@ -1,0 +1,477 @@
+"""support/load.py: every form of dataset, model, reward, judge and matrix, and all that is none."""
+
+import contextlib
+import json
+import math
+import re
+import socket
+import sys
+import threading
+import time
+import urllib.request
+
+import datasets
+import pytest
+import torch
+import worlds
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXForSequenceClassification,
+    GPTNeoXModel,
+    PreTrainedTokenizerFast,
+)
+
+from data import UserError
+from support import load
+
+TEXT, CHAT = worlds.text_rows(6), worlds.chat_rows(6)
+EXPECTED = [(row["prompt"], row["chosen"], row["rejected"]) for row in TEXT]
+
+
+@contextlib.contextmanager
+def refused(says):
+    """What is inside raises a UserError of one line in which the pattern `says` stands."""
+    with pytest.raises(UserError, match=says) as error:
+        yield
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------ places
+
+
+def test_the_embedded_world_is_found_from_anywhere(tmp_path, monkeypatch):
+    """A folder tiny/ of the user's is meant by an absolute path alone."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "judge.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert load.home("tiny/data") == str(load.HOME / "tiny/data")
+    assert (load.HOME / "fedppo.py").is_file() and load.home("other/data") == "other/data"
+    own, given = str(tmp_path / "tiny" / "judge.py"), str(load.HOME / "tiny" / "judge.py")
+    for path, ours in (("tiny/model", True), (given, True), (own, False), ("model", False)):
+        assert load.embedded(path) is ours
+    for spec, theirs in (("tiny/judge.py:score", False), (f"{given}:score", False),
+                         (f"{own}:score", True), ("heldout", False), ("folder", False)):
+        assert load.own_code(spec) is theirs
+
+
+# --------------------------------------------------------------------------------- preference rows
+
+
+def read(path, *args, **kwargs):
+    pairs, dropped = load.load_pairs(str(path), *args, **kwargs)
+    return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs], dropped
+
+
+def read_rows(folder, rows, **kwargs):
+    return read(worlds.write_jsonl(folder / "set.jsonl", rows), **kwargs)
+
+
+def splits_of(path):
+    return [pair.split for pair in load.load_pairs(str(path))[0]]
+
+
+def jsonl_file(folder, splits):
+    ((name, rows),) = splits.items()
+    return worlds.write_jsonl(folder / f"{name}.jsonl", rows)
+
+
+def jsonl_folder(folder, splits):
+    for name, rows in splits.items():
+        worlds.write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def parquet(pattern, parts=1):
+    """A form that writes each split in so many files, named by the pattern."""
+    def write(folder, splits):
+        for name, rows in splits.items():
+            for part in range(parts):
+                path = folder / pattern.format(name=name, part=part)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                size = len(rows) // parts
+                some = rows[part * size:(part + 1) * size]
+                datasets.Dataset.from_list(some).to_parquet(path)
+        return folder
+    return write
+
+
+def disk_dict(folder, splits):
+    tables = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(tables).save_to_disk(folder)
+    return folder
+
+
+def disk_table(folder, splits):
+    ((name, rows),) = splits.items()
+    datasets.Dataset.from_list(rows, split=name).save_to_disk(folder)
+    return folder
+
+
+FORMS = {
+    "jsonl folder": jsonl_folder,
+    "parquet, plain names": parquet("{name}.parquet"),
+    "parquet, one part": parquet("{name}-00000-of-00001.parquet"),
+    "parquet, in data/ and two parts": parquet("data/{name}-{part:05}-of-00002.parquet", parts=2),
+    "parquet, as the hub converts": parquet("{name}/{part:04}.parquet", parts=2),
+    "saved DatasetDict": disk_dict,
+}
+ONE_SPLIT = FORMS | {"jsonl file": jsonl_file, "saved Dataset": disk_table}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Parquet files are turned into arrow files: here, not in the home directory."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("rows", [TEXT, CHAT], ids=["strings", "chat messages"])
+@pytest.mark.parametrize("form", ONE_SPLIT)
+def test_every_form_of_a_dataset_gives_the_same_pairs(tmp_path, form, rows):
+    path = ONE_SPLIT[form](tmp_path / "set", {"sentiment": rows})
+    assert read(path) == (EXPECTED, 0) and set(splits_of(path)) == {"sentiment"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_splits_are_kept_apart_and_can_be_chosen(tmp_path, form):
+    splits = {"descriptiveness": CHAT, "sentiment": worlds.chat_rows(6, seed=1)}
+    path = FORMS[form](tmp_path / "set", splits)
+    assert splits_of(path) == ["descriptiveness"] * 6 + ["sentiment"] * 6
+    assert read(path, ("sentiment",))[0] == read(path)[0][6:]
+    with refused("no split 'tone': it has descriptiveness, sentiment"):
+        read(path, ("sentiment", "tone"))
+
+
+def test_a_parquet_file_may_have_any_name(tmp_path):
+    """Only NAME-00000-of-00001 names a part; a name may hold a space, a hyphen or a number."""
+    names = ["my split", "run-05", "run-07", "2024-01-31"]
+    write = parquet("{name}.parquet")
+    assert set(splits_of(write(tmp_path / "set", dict.fromkeys(names, TEXT)))) == set(names)
+
+
+def test_a_saved_table_without_a_split_name_is_train(tmp_path):
+    datasets.Dataset.from_list(TEXT).save_to_disk(tmp_path / "set")
+    assert set(splits_of(tmp_path / "set")) == {"train"}
+
+
+def test_rows_whose_responses_are_equal_are_counted_and_dropped(tmp_path):
+    """Detail 26. Equal but for spaces at the ends, which are stripped, is equal."""
+    rows = worlds.chat_rows(8, equal=2)
+    spaced = f"  {rows[2]['chosen'][1]['content']}\n"
+    rows[2]["rejected"] = [rows[2]["rejected"][0], {"role": "assistant", "content": spaced}]
+    expected = [(row["prompt"], row["chosen"], row["rejected"]) for row in worlds.text_rows(8)[3:]]
+    assert read_rows(tmp_path, rows) == (expected, 3)
+
+
+def test_rows_without_labels_keep_every_prompt(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "chosen": "x", "rejected": "x"}]
+    assert read_rows(tmp_path, rows, labelled=False) == ([("a", "", ""), ("b", "", "")], 0)
+
+
+def test_spaces_at_the_seam_are_stripped_and_inner_ones_kept(tmp_path):
+    row = {"prompt": " A  cat \n", "chosen": "\tsat  down ", "rejected": "ran "}
+    assert read_rows(tmp_path, [row])[0] == [("A  cat", "sat  down", "ran")]
+
+
+def test_messages_are_read_by_their_role(tmp_path):
+    """A prompt is what users say; a response that no assistant said is refused, not empty."""
+    prompt = [{"role": role, "content": text} for role, text in (
+        ("system", "be kind"), ("user", "The cat"), ("user", "sat"))]
+    assert read_rows(tmp_path, [CHAT[0] | {"prompt": prompt}])[0][0][0] == "The cat\nsat"
+    foreign = [{"role": "gpt", "content": "calm"}]
+    with refused("row 0: .* the assistant"):
+        read_rows(tmp_path, [CHAT[0] | {"chosen": foreign}])
+
+
+@pytest.mark.parametrize("odd", [
+    "line\u2028separator", "next\x85line", "form\x0cfeed", "ünïcode 漢字 🙂"])
+def test_unusual_characters_inside_a_line_do_not_cut_it(tmp_path, odd):
+    """U+2028 may stand unescaped in JSON, and Python's splitlines cuts there."""
+    line = json.dumps(TEXT[0] | {"prompt": odd}, ensure_ascii=False)
+    text = line.replace("\\f", "\\u000c") + "\n\n"
+    (tmp_path / "set.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert read(tmp_path / "set.jsonl")[0][0][0] == odd
+
+
+@pytest.mark.parametrize("line, says", [
+    (b'{"prompt": "a", ', "line 2 is not JSON"),
+    (b'["prompt", "chosen"]', "line 2 is not a JSON object"),
+    (b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}', "UTF-8"),
+    (b'{"prompt": "\\ud83d", "chosen": "a", "rejected": "b"}', "row 1 is not valid Unicode"),
+    (b'{"prompt": "a", "rejected": "b"}', "'chosen'.*, rejected .prompt alone is enough"),
+    (b'{"chosen": "a", "rejected": "b"}', "'prompt'.* has chosen, rejected$"),
+    (b'{"prompt": "a", "chosen": "a", "rejected": 3}', "row 1"),
+    (b'{"prompt": "a", "chosen": "a", "rejected": null}', "row 1"),
+    (b'{"prompt": "a", "chosen": [{"role": "assistant"}], "rejected": "b"}', "row 1"),
+    (b'{"prompt": "a", "chosen": ["text"], "rejected": "b"}', "row 1"),
+    (b'{"prompt": "  ", "chosen": "a", "rejected": "b"}', "row 1: the prompt is empty"),
+], ids=["half a line", "no object", "not UTF-8", "half a character", "no chosen", "no prompt",
+        "a number", "null", "no content", "no messages", "empty"])
+def test_a_broken_row_is_named(tmp_path, line, says):
+    (tmp_path / "set.jsonl").write_bytes(json.dumps(TEXT[0]).encode() + b"\n" + line + b"\n")
+    with refused(says):
+        read(tmp_path / "set.jsonl")
+
+
+def test_what_is_no_dataset_is_said_in_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "false").mkdir()
+    (tmp_path / "false" / "train.parquet").write_text("hello")
+    jsonl_folder(tmp_path / "void", {"full": TEXT, "void": []})
+    jsonl_folder(tmp_path / "equal", {"a": worlds.text_rows(3, equal=3)})
+    for name, says in (("missing", "hf download"), ("empty", "^dataset folder .*holds no .jsonl"),
+                       ("text", "not .jsonl"), ("false", "cannot be read .*[Pp]arquet"),
+                       ("void", "'void' .*is empty"), ("equal", "all of its 3 rows")):
+        with refused(says):
+            read(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def test_the_small_model_loads_as_a_policy_needs_it(small_model):
+    """Details 2, 21, 29: `<|padding|>` is the pad, ids without token are forbidden, float32."""
+    assert AutoModelForCausalLM.from_pretrained(small_model).dtype == torch.float16
+    model, tokenizer, forbidden = load.load_model(str(small_model), "cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.pad_token) == (
+        model.config.eos_token_id, model.config.pad_token_id, "<|padding|>") == (
+        0, 1, "<|padding|>")
+    assert len(tokenizer) == 320 and forbidden.shape == (352,) and forbidden.dtype == torch.bool
+    assert forbidden.nonzero().flatten().tolist() == [1, *range(320, 352)]
+
+
+def test_a_hole_in_the_vocabulary_is_forbidden_too(small_model, monkeypatch):
+    vocabulary = PreTrainedTokenizerFast.get_vocab
+    monkeypatch.setattr(PreTrainedTokenizerFast, "get_vocab", lambda self: {
+        token: i for token, i in vocabulary(self).items() if i != 200})
+    _, _, forbidden = load.load_model(str(small_model), "cpu")
+    assert forbidden[200] and not forbidden[199]
+
+
+@pytest.mark.parametrize("given, pad", [(7, 7), (0, 1)])
+def test_a_pad_is_kept_unless_it_is_the_eos(tmp_path, given, pad):
+    worlds.save_model(tmp_path)
+    tokenizer = worlds.save_tokenizer(tmp_path)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(given)
+    tokenizer.save_pretrained(tmp_path)
+    _, tokenizer, forbidden = load.load_model(str(tmp_path), "cpu")
+    assert tokenizer.pad_token_id == pad and forbidden[:10].nonzero().flatten().tolist() == [pad]
+
+
+def test_a_model_that_cannot_be_trained_is_refused(tmp_path):
+    def check(folder, says):
+        with refused(f"{re.escape(str(folder))}.*{says}"):
+            load.load_model(str(folder), "cpu")
+    model = worlds.save_model(tmp_path / "model")
+    worlds.save_tokenizer(model, padding=False)
+    check(model, "no pad token of its own")
+    worlds.save_tokenizer(model, eos=False)
+    check(model, "no EOS token")
+    low = worlds.save_model(tmp_path / "low", vocab_size=300)
+    check(low, "ids go to 319, the embedding has 300 rows")
+    (tmp_path / "empty").mkdir()
+    check(tmp_path / "empty", "holds no causal language model")
+    weights = worlds.save_model(tmp_path / "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    check(tmp_path / "cut", "")
+    headless = worlds.save_model(tmp_path / "headless")
+    GPTNeoXModel(worlds.config()).save_pretrained(headless)  # its output layer would be random
+    check(headless, "lm_head")
+    check("nobody/nothing", "hf download nobody/nothing")
+    check(tmp_path / "gone", "no local folder")
+
+
+@contextlib.contextmanager
+def server(answer):
+    """A local server that sends `answer` to whoever connects; b"" accepts and stays silent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(answer)
+        thread = threading.Thread(target=serve, daemon=True)
+        if answer:
+            thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    if answer:
+        thread.join(5)
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """ask(endpoint, timeout) -> what `online` says of this endpoint, and how long it took."""
+    def ask(endpoint, timeout=2.0):
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        started = time.perf_counter()
+        return load.online(timeout), time.perf_counter() - started
+    return ask
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"404 Not Found", b"503 Busy"])
+def test_a_hub_that_answers_is_reachable(ask, status):
+    with server(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n") as endpoint:
+        assert ask(endpoint)[0] is True
+
+
+def test_a_dead_or_silent_hub_is_given_up_in_time_and_the_caches_are_used(ask):
+    reachable, seconds = ask("http://127.0.0.1:9")
+    assert reachable is False and seconds < 2
+    with server(b"") as endpoint:
+        reachable, seconds = ask(endpoint, timeout=0.2)
+    assert reachable is False and seconds < 1.5
+    assert load.os.environ["HF_HUB_OFFLINE"] == load.os.environ["HF_DATASETS_OFFLINE"] == "1"
+
+
+def test_a_resolver_that_hangs_is_given_up_after_the_timeout(ask, monkeypatch):
+    """A socket's timeout does not hold for looking up its name, which can take half a minute."""
+    released = threading.Event()
+
+    def hangs(*args, **kwargs):
+        released.wait(4)
+        raise socket.gaierror
+    monkeypatch.setattr(socket, "getaddrinfo", hangs)
+    try:
+        reachable, seconds = ask("https://huggingface.invalid", timeout=0.2)
+    finally:
+        released.set()
+    assert reachable is False and seconds < 1.5
+
+
+@pytest.mark.parametrize("endpoint", [
+    "nonsense", "http://127.0.0.1:port", "http://", "ftp://127.0.0.1:9"])
+def test_a_wrong_endpoint_is_no_crash(ask, endpoint):
+    assert ask(endpoint)[0] is False
+
+
+def test_a_server_that_does_not_speak_http_is_no_crash(ask):
+    with server(b"SSH-2.0-OpenSSH_9.6\r\n") as endpoint:
+        assert ask(endpoint)[0] in (True, False)
+
+
+def test_offline_is_not_asked(monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("asked"))
+    for value in ("1", "true", "ON"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        assert load.online() is False
+
+
+# ----------------------------------------------------------------------------------------- scorers
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    tokenizer = worlds.save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    tokenizer.pad_token = "<|padding|>"
+    return tokenizer
+
+
+def test_load_scorer_takes_a_function_in_a_file(tmp_path, tokenizer):
+    (tmp_path / "rule.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass Rule:\n    word: str\n\n\n"
+        "def score(prompts, responses, ended):\n"
+        "    return [r.count(Rule('calm').word) for r in responses]\n")
+    scorer = load.load_scorer(f"{tmp_path / 'rule.py'}:score", tokenizer, "cpu")
+    batch = worlds.batch_of(tokenizer, ["The room"] * 2, ["calm and calm|", "dull"])
+    assert scorer(*batch).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("spec, says", [
+    ("gone.py:score", "there is no file"), ("bad.py:score", "ZeroDivisionError"),
+    ("bad syntax.py:score", "SyntaxError"), ("exits.py:score", "SystemExit"),
+    ("rule.py:other", "no function 'other'"), ("rule.py:number", "no function 'number'"),
+    ("rule.py", "neither"), ("gone", "neither"), ("empty", "no sequence-classification model")])
+def test_a_scorer_that_cannot_be_had_is_named_in_one_line(tmp_path, tokenizer, monkeypatch, spec,
+                                                          says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.py").write_text("1 / 0\n")
+    (tmp_path / "bad syntax.py").write_text("def score(:\n")
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "rule.py").write_text("number = 3\n")
+    with refused(says):
+        load.load_scorer(spec, tokenizer, "cpu")
+
+
+def test_a_file_of_the_users_replaces_no_module(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "math.py").write_text(f"def name(*args):\n    return {folder!r}\n")
+    functions = [load._function(f"{tmp_path / folder / 'math.py'}:name") for folder in ("a", "b")]
+    assert [function() for function in functions] == ["a", "b"] and sys.modules["math"] is math
+
+
+def save_classifier(folder, labels):
+    torch.manual_seed(labels)
+    shape = worlds.config(num_labels=labels, num_hidden_layers=1)
+    model = GPTNeoXForSequenceClassification(shape).eval()
+    model.save_pretrained(folder)
+    worlds.save_tokenizer(folder)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_load_scorer_takes_a_classifier(tmp_path, tokenizer, labels, side):
+    """One logit, or positive - negative, at the last token; each row by itself is the oracle."""
+    model = save_classifier(tmp_path, labels)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"padding_side": side}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    prompts = ["The room", "The song was so", "It"]
+    responses = ["lovely and calm|", "dull", "was grey."]
+    scorer = load.load_scorer(str(tmp_path), tokenizer, "cpu")
+    scores = scorer(*worlds.batch_of(tokenizer, prompts, responses))
+    expected = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = tokenizer(f"{prompt} {response.rstrip('|')}", return_tensors="pt")["input_ids"]
+        states = model.base_model(input_ids=ids).last_hidden_state
+        logits = model.score(states)[0, -1].tolist()
+        expected.append(logits[0] if labels == 1 else logits[1] - logits[0])
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-2
+
+
+def test_what_is_no_judge_is_refused(tmp_path, tokenizer, small_model):
+    """Detail 28: transformers would give a language model a random head and call it a judge."""
+    save_classifier(tmp_path, 3)
+    with refused("3 labels"):
+        load.load_scorer(str(tmp_path), tokenizer, "cpu")
+    with refused("no sequence-classification model"):
+        load.load_scorer(str(small_model), tokenizer, "cpu")
+
+
+# ------------------------------------------------------------------------------------ the matrix W
+
+
+def test_a_matrix_is_normalised_by_row(tmp_path):
+    (tmp_path / "w.json").write_text("[[3, 1], [0, 5]]")
+    matrix = load.read_matrix(str(tmp_path / "w.json"), 2)
+    assert matrix.dtype == torch.float64 and matrix.tolist() == [[0.75, 0.25], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[[1, 0, 0], [0, 1, 0], [0, 0, 1]]", "is 3 x 3, and 2 agents need 2 x 2"),
+    ("[[1, 0]]", "is 1 x 2"), ("[1, 0]", "is 2, and"), ("[]", "is 0, and"), ("5", "is a number"),
+    ("[[1, -0.5], [0, 1]]", "not negative"), ("[[1, NaN], [0, 1]]", "finite"),
+    ("[[1, Infinity], [0, 1]]", "finite"), ("[[1e308, 1e308], [0, 1]]", "their sums too"),
+    ("[[1, 1], [0, 0]]", "row 1 is all zeros"), ("[[1, 1], [1]]", "no JSON matrix"),
+    ('[[1, "a"], [0, 1]]', "no JSON matrix"), ('{"rows": [[1, 0], [0, 1]]}', "no JSON matrix"),
+    ("null", "no JSON matrix"), ("[[1, 0], [0, 1]", "no JSON matrix"), ("", "no JSON matrix")])
+def test_a_wrong_matrix_is_refused(tmp_path, text, says):
+    (tmp_path / "w.json").write_text(text)
+    with refused(f"--topology .*w.json.*{says}"):
+        load.read_matrix(str(tmp_path / "w.json"), 2)
+
+
+def test_a_matrix_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "latin.json").write_bytes(b"[[1, 0], [0, 1]] caf\xe9")
+    for path in ("rings", tmp_path / "gone.json", tmp_path, tmp_path / "latin.json"):
+        with refused(f"{re.escape(str(path))}.* none of self, uniform, ring"):  # what there is
+            load.read_matrix(str(path), 2)

@@ -1,0 +1,168 @@
+"""What all agents and seeds start from, and what one seed gives its agents.
+
+In reading order
+    1. World       the initial policy, the preference rows and the judge, loaded once
+    2. Task        of one seed: each agent's shard and scorer; the judge and its prompts are held
+    out 3. make_task   deal the rows, fit each agent's reward model to its own pairs, normalise it
+
+Nothing is learned here but reward models (data.py). Reading files and models is support/load.py's.
+
+Dimension key: B rows, Q prompt tokens (left-padded).
+"""
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import data
+import ppo_core
+from data import generator
+from support import fast, load
+from support.settings import FITTED, Settings, decided
+
+# ------------------------------------------------------------------------------------------- World
+
+
+class World:
+    """What all agents and seeds start from: the initial policy and the preference rows."""
+
+    def __init__(self, settings: Settings):
+        """Load model and data. Raises UserError."""
+        s = self.settings = decided(settings)
+        self.device = torch.device(s.device)
+        self.model, self.tokenizer, self.forbidden = load.load_model(
+            load.home(s.model), self.device)
+        self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        self.initial = self.new_policy().requires_grad_(False)  # mu_0
+        labelled = s.reward in FITTED or s.judge == "heldout"
+        self.pairs, self.dropped = load.load_pairs(load.home(s.dataset), s.splits, labelled)
+        prompts = list(dict.fromkeys(pair.prompt for pair in self.pairs))
+        self.prompt_ids = load.prompt_ids(self.tokenizer, prompts, self.model, s.response_length)
+        self.generate: Callable = fast.tuned_generate(
+            self.initial, *self.padded(prompts[:s.batch]), s, self.eos_id, self.pad_id)
+        self.judge = None if s.judge in ("none", "heldout") else self._given(s.judge)
+        self.given_reward = None if s.reward in FITTED else self._given(s.reward)
+
+    def _given(self, spec: str) -> data.Scorer:
+        """The user's judge or reward, called once now, so that it does not fail after hours."""
+        scorer = load.load_scorer(load.home(spec), self.tokenizer, self.device)
+        scorer(*self.respond(list(self.prompt_ids)[:2], self.initial, generator(0, "try"))[0])
+        return scorer
+
+    def new_policy(self) -> ppo_core.Policy:
+        """A policy of its own with the initial weights."""
+        dtype = getattr(torch, self.settings.dtype)
+        return fast.policy(copy.deepcopy(self.model), self.forbidden, dtype)
+
+    def padded(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts -> ids, mask [B, Q], left-padded."""
+        ids = [self.prompt_ids[prompt] for prompt in prompts]
+        return data.pad(ids, self.pad_id, "left", self.device)
+
+    def respond(self, prompts: list[str], policy, stream: torch.Generator) -> list[tuple]:
+        """A policy's responses, in batches of 64 -> [(prompt_ids, prompt_mask, response_ids,
+        mask)]."""
+        s, sampled = self.settings, []
+        for start in range(0, len(prompts), 64):
+            ids, mask = self.padded(prompts[start:start + 64])
+            response, response_mask = self.generate(
+                policy, ids, mask, s.response_length, temperature=s.temperature,
+                eos_id=self.eos_id, pad_id=self.pad_id, generator=stream)
+            sampled.append((ids, mask, response, response_mask))
+        return sampled
+
+    def pair_ids(self, pairs: list[data.Pair]) -> list[tuple[list[int], list[int]]]:
+        """Pairs as (prompt + chosen, prompt + rejected) ids, ending as generated responses do."""
+        s = self.settings
+
+        def text(pair: data.Pair, response: str) -> list[int]:
+            return self.prompt_ids[pair.prompt] + data.encode_response(
+                self.tokenizer, response, s.response_length, s.response_eos)
+
+        return [(text(pair, pair.chosen), text(pair, pair.rejected)) for pair in pairs]
+
+    def fit_reward(
+        self, train: list[data.Pair], heldout: list[data.Pair], stream: torch.Generator
+    ) -> tuple[data.Scorer, tuple[float, int]]:
+        """A reward model fitted to `train` -> (its scorer, (accuracy, number) on `heldout`)."""
+        s = self.settings
+        model = fast.reward_model(self.model, s.reward_pooling, stream)
+        data.fit_reward_model(model, self.pair_ids(train), self.pad_id, lr=s.reward_lr,
+                              epochs=s.reward_epochs, generator=stream)
+        accuracy = data.preference_accuracy(model, self.pair_ids(heldout), self.pad_id)
+        return data.model_scorer(model), (accuracy, len(heldout))
+
+
+# -------------------------------------------------------------------------------------------- Task
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one seed gives its agents: agent i owns shards[i] and scorers[i]; the rest is held
+    out."""
+
+    seed: int
+    shards: list[data.Shard]
+    scorers: list[data.Scorer]
+    accuracies: list[tuple[float, int] | None]  # of each agent's reward model, on so many pairs
+    eval_prompts: list[str]
+    judge: data.Scorer | None
+    judge_accuracy: tuple[float, int] | None
+    fingerprint: torch.Tensor  # [n] scores of some samples: a resumed run must fit the same models
+
+
+def deal(world: World, seed: int) -> tuple[list[str], list[data.Shard], list[data.Pair]]:
+    """One seed's evaluation prompts, shards, and pairs for a held-out judge. Raises UserError."""
+    s = world.settings
+    return data.make_shards(
+        world.pairs, s.agents, s.shards, s.pairs if world.given_reward is None else 0,
+        s.eval_prompts, random.Random(f"{seed} shards"),
+        n_judge=max(2, len(world.pairs) // 4) if s.judge == "heldout" else 0)
+
+
+def make_task(world: World, seed: int, pooled: bool = False) -> Task:
+    """Deal the data and fit the reward models of a seed; pooled: all data to one agent."""
+    s = world.settings
+    eval_prompts, shards, judge_pairs = deal(world, seed)
+    everything = data.pool(shards)
+    shards = [everything] if pooled else shards
+
+    # 1. The judge, which takes no part in training.
+    judge, judge_accuracy = world.judge, None
+    if s.judge == "heldout":
+        n = min(256, max(1, len(judge_pairs) // 5))
+        judge, judge_accuracy = world.fit_reward(
+            judge_pairs[n:], judge_pairs[:n], generator(seed, "judge"))
+        sampled = world.respond(eval_prompts, world.initial, generator(seed, "evaluation"))
+        judge, *_ = data.normalised(judge, sampled)
+
+    # 2. Each agent's reward: given, or a model fitted to its own pairs.
+    fitted: list[tuple[data.Scorer, tuple | None]] = [(world.given_reward, None)] * len(shards)
+    if world.given_reward is None:
+        sources = [everything] if s.reward == "shared" else shards
+        fitted = [
+            world.fit_reward(source.train, source.heldout, generator(seed, i, "reward model"))
+            for i, source in enumerate(sources)]
+        fitted *= len(shards) // len(fitted)  # a shared model serves every agent
+
+    # 3. Scores become comparable: mean 0, std 1 on the initial policy's responses to own prompts.
+    samples = []
+    for i, shard in enumerate(shards):
+        stream = generator(seed, i, "normalisation")
+        order = torch.randperm(len(shard.prompts), generator=stream)[:256].tolist()
+        prompts = [shard.prompts[k] for k in order]
+        samples.append(world.respond(prompts, world.initial, stream))
+    scorers = [data.normalised(scorer, own)[0]
+               for (scorer, _), own in zip(fitted, samples, strict=True)]
+    if s.reward == "ensemble":
+        mean = data.mean_scorer(scorers)
+        scorers = [data.normalised(mean, own)[0] for own in samples]
+
+    scored = [scorer(*own[0]) for scorer, own in zip(scorers, samples, strict=True)]
+    scored += [judge(*samples[0][0])] if judge else []
+    accuracies = [accuracy for _, accuracy in fitted]
+    return Task(seed, shards, scorers, accuracies, eval_prompts, judge, judge_accuracy,
+                torch.cat(scored).cpu())
