@@ -12,23 +12,20 @@ In reading order
 
 One round: every agent freezes a copy of its policy and sends it; agent i combines what it received
 with row i of the communication matrix W into a cooperative reference; then it does local PPO with
-beta KL(policy || reference). Settings, files and checks are in support/ and not needed to read
-this.
+beta KL(policy || reference). What an agent owns is in data.py and world.py, one agent's PPO in
+ppo_core.py. Settings, files and checks are in support/ and not needed to read this.
 
 Dimension key: N agents, K references, B batch, Q prompt tokens, T response tokens, V vocabulary.
 
 Departures from the papers
     D1  This is a simulation on one machine: what a federation learns, not that it is secure. A
-    policy
-        can leak what it has memorised.
+        policy can leak what it has memorised.
     D2  `fedavg` averages policies only (1602.05629 averages the learner): value heads and Adam
         moments stay local.
     D3  `centralized` is one agent with N times the batch and the same number of updates, so the
-    same
-        total episodes.
+        same total episodes.
     D4  The KL reference of `isolated` moves: it is the agent's own copy from the start of the
-    round.
-        `classic` is PPO with a fixed one.
+        round. `classic` is PPO with a fixed one.
 """
 
 import dataclasses
@@ -475,11 +472,7 @@ def load_world(s: Settings, reason: str) -> World:
     """Load what all seeds start from, and say what runs on what. Raises UserError."""
     for mode in s.mode:
         matrix_of(arm_settings(s, mode))  # what is wrong with a file is said before work is lost
-    fast.keep_memory()
-    if s.threads:
-        torch.set_num_threads(s.threads)
     print(f"preset {s.preset}: {reason}; {show(s.model)} on {s.device}")
-    load.prepare_libraries(s.model, s.dataset)
     world = World(s)
     print(f"{len(world.pairs)} preference pairs; dropped {world.dropped} rows whose chosen and "
           "rejected are the same")

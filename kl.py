@@ -221,7 +221,7 @@ def kl_exact(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     pi = logprobs.exp()  # [..., V]
     # Selected, not multiplied by 0: −inf − (−inf) is NaN, which has no part in value or gradient.
     x = torch.where(pi > 0, logprobs - ref_logprobs.detach(), 0)  # [..., V] log π(v) − log ρ(v)
-    return (pi * x).sum(-1)
+    return torch.linalg.vecdot(pi, x)
 
 
 def kl_sampled(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:

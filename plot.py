@@ -1,29 +1,31 @@
-"""Pictures and tables, from a run's files alone: numpy and matplotlib, nothing else of this project.
+"""Pictures and tables, from a run's files alone: numpy and matplotlib, nothing else of the project.
 
 In reading order
-    1. rows and curves   load_metrics, seed_curves                  metrics.jsonl -> one curve per seed
-    2. statistics        iqm, bootstrap_band, expanded_level,       (pure: arrays in, arrays out)
-                         paired_difference, probability_of_improvement,
-                         updates_to, median_updates
-    3. tables            summarise, table                           rows -> summary.json -> text
-    4. pictures          draw, main                                 curves.png and .svg; several runs overlaid
+    1. rows and curves   load_metrics, seed_curves          metrics.jsonl -> one curve per seed
+    2. statistics        iqm, bootstrap_band,               pure: arrays in, arrays out
+                         expanded_level, paired_difference
+    3. tables            summarise, table                   rows -> summary.json -> text
+    4. pictures          draw, main                         curves.png and .svg, of several runs too
 
 Dimension key: S seeds, U updates, R bootstrap resamples; "..." any further axes.
 
-The statistics follow Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice"
-(2108.13264, the library rliable). The unit is a seed: agents of one seed share their start, what they
-exchange and the prompts they are judged on, so they are averaged first and only seeds are resampled.
+The statistics follow Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical
+Precipice" (2108.13264, the library rliable). The unit is a seed: agents of one seed share their
+start, what they exchange and the prompts they are judged on, so they are averaged first and only
+seeds are resampled.
 
-What a band means: a 95 % confidence interval of the line it surrounds, at each update by itself; where the
-line might lie had other seeds been drawn, not where one run would lie. With few seeds it is too narrow, as no
-resample holds what was never drawn: for the mean of normal values it covers the truth in about 50, 74, 84, 89
-and 93 of 100 cases with 2, 3, 5, 8 and 20 seeds. Overlapping bands settle nothing; `paired_difference` does,
-and its band is widened for few seeds: about 91, 94 and 95 of 100 with 5, 8 and 20.
+What a band means: a 95 % confidence interval of the line it surrounds, at each update by itself;
+where the line might lie had other seeds been drawn, not where one run would lie. With few seeds it
+is too narrow, as no resample holds what was never drawn: for the mean of normal values it covers
+the truth in about 50, 74, 84, 89 and 93 of 100 cases with 2, 3, 5, 8 and 20 seeds. Overlapping
+bands settle nothing; `paired_difference` does, and its band is widened for few seeds: about 91, 94
+and 95 of 100 with 5, 8 and 20.
 
 Departures from rliable
-    D1  One task in place of many: the interquartile mean runs over seeds, and the bootstrap has no strata.
-    D2  Differences are means over same-seed pairs: a seed gives each mode the same prompts and pairs. For the same
-        reason the probability of improvement compares a seed with itself, not with all seeds of the other mode.
+    D1  One task in place of many: the interquartile mean runs over seeds, and the bootstrap has no
+        strata.
+    D2  Differences are means over same-seed pairs: a seed gives each mode the same prompts and
+        preference pairs.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import itertools
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -43,32 +46,31 @@ PANELS = {
     "reward": "own reward (z-score)",
     "kl_initial": "KL(policy‖initial), nats per response",
 }
-# Okabe and Ito's colours, for colour-blind readers; line and marker differ too, for prints without colour.
+# Okabe and Ito's colours, for colour-blind readers; line and marker differ too, for prints without
+# colour.
 MODE_STYLES = {
     "isolated": ("#D55E00", "--", "s"),
+    "classic": ("#CC79A7", (0, (6, 2)), "v"),
     "federated": ("#0072B2", "-", "o"),
+    "merged": ("#56B4E9", (0, (4, 1, 1, 1)), "P"),
     "fedavg": ("#009E73", "-.", "^"),
     "centralized": ("#000000", ":", "D"),
 }
-SPARE_STYLES = [
-    ("#CC79A7", (0, (6, 2)), "v"),
-    ("#56B4E9", (0, (4, 1, 1, 1)), "P"),
-    ("#E69F00", (0, (2, 1)), "X"),
-    ("#888888", (0, (8, 1, 1, 1)), "<"),
-]
+SPARE_STYLES = [("#E69F00", (0, (2, 1)), "X"), ("#888888", (0, (8, 1, 1, 1)), "<")]
 
 
 class RunError(ValueError):
     """A mistake its user can mend: told in one line, without a traceback."""
 
 
-# -------------------------------------------------------------------------------------------- rows and curves
+# --------------------------------------------------------------------------------- rows and curves
 
 
 def load_metrics(folder: str | Path) -> list[dict]:
-    """The rows of folder/metrics.jsonl, one per mode, seed, agent and update.
+    """The rows of folder/metrics.jsonl, one per mode, seed, agent and update. Raises RunError.
 
-    Half a last line, as a killed run may leave, is ignored. Of two rows for one update the later counts.
+    Half a last line, as a killed run may leave, is ignored. Of two rows for one update the later
+    counts.
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
@@ -90,35 +92,39 @@ def load_metrics(folder: str | Path) -> list[dict]:
 
 
 def seed_curves(rows: list[dict], mode: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """One curve per seed, the mean over its agents -> (updates [U], values [S, U]), seeds in ascending order.
+    """One curve per seed, the mean over its agents -> (updates [U], values [S, U]), seeds ascending.
 
-    An update counts once every agent of the seed has a value there (null is none). U is that of the longest
-    seed; seeds that stop before (a run still going, or killed) are left out, so that no line changes its
-    members on the way.
+    An update counts once every agent of the seed has a value there (null is none). U is that of the
+    longest seed; seeds that stop before (a run still going, or killed) are left out, so that no
+    line changes its members on the way.
     """
     agents, cells = {}, {}  # seed -> {agent}; seed -> {update: [one value per agent]}
     for row in rows:
         if row["mode"] == mode:
             agents.setdefault(row["seed"], set()).add(row["agent"])
             if row.get(key) is not None:
-                cells.setdefault(row["seed"], {}).setdefault(row["update"], []).append(row[key])
+                cell = cells.setdefault(row["seed"], {}).setdefault(row["update"], [])
+                cell.append(row[key])
     curves = []  # for each seed: {update: mean over agents}
     for seed in sorted(cells):
-        curves.append({u: np.mean(v) for u, v in cells[seed].items() if len(v) == len(agents[seed])})
+        n = len(agents[seed])
+        curves.append({update: np.mean(v) for update, v in cells[seed].items() if len(v) == n})
     longest = max(curves, key=lambda curve: max(curve, default=-1), default={})
     updates = sorted(longest)
     values = [[curve[u] for u in updates] for curve in curves if curve.keys() >= longest.keys()]
-    return np.array(updates, dtype=int), np.array(values, dtype=float).reshape(len(values), len(updates))
+    values = np.array(values, dtype=float).reshape(len(values), len(updates))
+    return np.array(updates, dtype=int), values
 
 
-# ------------------------------------------------------------------------------------------------- statistics
+# -------------------------------------------------------------------------------------- statistics
 
 
 def iqm(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Interquartile mean (2108.13264, sec. 4.3): sort, cut floor(n/4) values at each end, average the rest.
+    """Interquartile mean (2108.13264, sec. 4.3): sort, cut floor(n/4) at each end, average the rest.
 
-    No fractional weights, as in scipy.stats.trim_mean(values, 0.25), which rliable calls: of 4 values, and of
-    7, the two extremes go; below 4 it is the mean. A nan is not trimmed away: the result is nan.
+    No fractional weights, as in scipy.stats.trim_mean(values, 0.25), which rliable calls: of 4
+    values, and of 7, the two extremes go; below 4 it is the mean. A nan is not trimmed away: the
+    result is nan.
     """
     values = np.sort(np.asarray(values, dtype=float), axis=axis)  # nan last
     n = values.shape[axis]
@@ -127,26 +133,29 @@ def iqm(values: np.ndarray, axis: int = 0) -> np.ndarray:
 
 
 def bootstrap_band(
-    values: np.ndarray, statistic: Callable = iqm, resamples: int = 2000, level: float = 0.95, seed: int = 0
+    values: np.ndarray, statistic: Callable = iqm, resamples: int = 2000, level: float = 0.95,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Percentile bootstrap over the first axis. values: [S, ...] -> (low [...], high [...]).
 
-    `resamples` times S seeds are drawn with replacement, each with its whole curve, and statistic(values,
-    axis=0) is taken; low and high enclose the middle `level` of the results.
+    `resamples` times S seeds are drawn with replacement, each with its whole curve, and
+    statistic(values, axis=0) is taken; low and high enclose the middle `level` of the results.
     """
     values = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))  # [R, S]
+    random = np.random.default_rng(seed)
+    draws = random.integers(len(values), size=(resamples, len(values)))  # [R, S]
     statistics = np.stack([statistic(values[draw], axis=0) for draw in draws])  # [R, ...]
     low, high = np.quantile(statistics, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
 
 
 def expanded_level(n: int, level: float = 0.95) -> float:
-    """The level at which the percentile bootstrap of a mean of n values covers the truth about `level` of the time.
+    """The level at which the percentile bootstrap of a mean of n values covers about `level`.
 
-    Hesterberg's expanded percentile interval ("What Teachers Should Know about the Bootstrap", 1411.5279): the
-    percentile band is too narrow by sqrt((n - 1)/n) and has the normal's quantile z where Student's t is due, so
-    each tail is Phi(-sqrt(n/(n - 1)) t). t by its expansion in 1/(n - 1): right to 1 % from n = 5 on, too small below.
+    Hesterberg's expanded percentile interval ("What Teachers Should Know about the Bootstrap",
+    1411.5279): the percentile band is too narrow by sqrt((n - 1)/n) and has the normal's quantile z
+    where Student's t is due, so each tail is Phi(-sqrt(n/(n - 1)) t). t by its expansion in
+    1/(n - 1): right to 1 % from n = 5 on, too small below.
     """
     normal, df = NormalDist(), n - 1
     z = normal.inv_cdf((1 + level) / 2)
@@ -156,9 +165,10 @@ def expanded_level(n: int, level: float = 0.95) -> float:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of a - b and its 95 % bootstrap band. a, b: [S], the same seeds in order -> (mean, low, high).
+    """Mean of a - b and its 95 % band -> (mean, low, high). a, b: [S], the same seeds in order.
 
-    The band is the percentile bootstrap's, at the level that makes it cover 95 % with few seeds (`expanded_level`).
+    The band is the percentile bootstrap's, at the level that makes it cover 95 % with few seeds
+    (`expanded_level`).
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
@@ -167,50 +177,20 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
     return float(np.mean(a - b)), float(low), float(high)
 
 
-def probability_of_improvement(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Share of same-seed pairs in which a > b, a tie being half (2108.13264, sec. 4.3), with its 95 % band.
-
-    a, b: [S], the same seeds in order -> (share, low, high). The band is Wilson's interval of a share (1927): a
-    bootstrap of pairs that all agree has no width.
-    """
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    n, share, z = len(a), float(np.mean((a > b) + 0.5 * (a == b))), NormalDist().inv_cdf(0.975)
-    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return share, (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
-
-
-def updates_to(updates: Sequence[int], curve: Sequence[float], level: float) -> float:
-    """The first evaluated update at which the curve is at `level` or above. updates, curve: [U]; inf: never, censored.
-
-    Not interpolated: a level passed between two evaluations counts at the later one.
-    """
-    reached = np.asarray(updates)[np.asarray(curve, dtype=float) >= level]
-    return float(reached[0]) if len(reached) else math.inf
-
-
-def median_updates(values: Sequence[float]) -> float:
-    """The smallest number of updates by which half of the seeds had arrived; inf if fewer ever did. values: [S].
-
-    Runs that never arrive (inf) are censored where all runs end, so this is the Kaplan-Meier median; leaving them
-    out, or counting them as the last update, would favour the arm that fails.
-    """
-    return float(np.sort(np.asarray(values, dtype=float))[math.ceil(len(values) / 2) - 1])
-
-
-# ----------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------ tables
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean; None (null in JSON) if there are no values, one of them is None, or it is not finite."""
+    """The mean; None (null in JSON) if it is not finite, or there is no value or one is None."""
     values = list(values)
     mean = float(np.mean(values)) if values and None not in values else math.nan
     return mean if math.isfinite(mean) else None
 
 
 def _summarise_agent(rows: list[dict]) -> dict:
-    """One agent's rows, updates ascending -> its judge_initial, judge_final, judge_auc and reward_final."""
-    x = [row["update"] for row in rows if row.get("judge") is not None]
-    y = [row["judge"] for row in rows if row.get("judge") is not None]
+    """One agent's rows, updates ascending -> its part of an entry, see `summarise`."""
+    judged = [row for row in rows if row.get("judge") is not None]
+    x, y = [row["update"] for row in judged], [row["judge"] for row in judged]
     last_round = [row.get("reward") for row in rows if row["round"] == rows[-1]["round"]]
     return {
         "judge_initial": y[0] if x[:1] == [0] else None,
@@ -222,102 +202,122 @@ def _summarise_agent(rows: list[dict]) -> dict:
 
 def _summarise_seed(rows: list[dict]) -> dict:
     """The rows of one mode and seed -> that seed's entry, see `summarise`."""
-    agents = {}
+    by_agent = {}
     for row in sorted(rows, key=lambda row: row["update"]):
-        agents.setdefault(row["agent"], []).append(row)
-    last = min(agent[-1]["update"] for agent in agents.values())  # the last update that every agent has done
-    agents = [[row for row in agent if row["update"] <= last] for agent in agents.values()]
+        by_agent.setdefault(row["agent"], []).append(row)
+    last = min(agent[-1]["update"] for agent in by_agent.values())  # every agent has done it
+    agents = [[row for row in agent if row["update"] <= last] for agent in by_agent.values()]
+    done = list(itertools.chain(*agents))
     scores = [_summarise_agent(agent) for agent in agents]
     entry = {"updates": last} | {key: _mean(score[key] for score in scores) for key in scores[0]}
-    final = "judge_final" if any(row.get("judge") is not None for row in rows) else "reward_final"
-    entry["worst_agent_final"] = None if entry[final] is None else float(min(s[final] for s in scores))
-    entry["seconds"] = float(sum(row.get("seconds") or 0 for agent in agents for row in agent))
-    entry["incomplete_exchanges"] = len({(row["agent"], row["round"]) for agent in agents for row in agent
-                                         if row.get("missed")})
-    entry["bytes"] = int(sum(agent[-1].get("bytes") or 0 for agent in agents))  # cumulative: the last has all
-    return entry
+    final = "reward_final" if all(row.get("judge") is None for row in rows) else "judge_final"
+    worst = None if entry[final] is None else float(min(score[final] for score in scores))
+    missed = {(row["agent"], row["round"]) for row in done if row.get("missed")}
+    return entry | {
+        "worst_agent_final": worst,
+        "seconds": float(sum(row.get("seconds") or 0 for row in done)),
+        "incomplete_exchanges": len(missed),
+        "bytes": int(sum(agent[-1].get("bytes") or 0 for agent in agents)),  # these are cumulative
+    }
+
+
+def _differences(modes: dict[str, dict]) -> dict:
+    """judge_final of each mode minus that of isolated, paired by seed, see `summarise`."""
+    alone = modes["isolated"]["seeds"] if "isolated" in modes else {}
+    differences = {}
+    for mode, entry in modes.items():
+        pairs = [(own, alone[seed]) for seed, own in entry["seeds"].items() if seed in alone]
+        finals = [[one["judge_final"] for one in pair] for pair in pairs
+                  if pair[0]["updates"] == pair[1]["updates"]]
+        finals = [pair for pair in finals if None not in pair]
+        if mode != "isolated" and len(finals) >= 2:
+            mean, low, high = paired_difference(*zip(*finals, strict=True))
+            differences[f"{mode} - isolated"] = {
+                "key": "judge_final", "seeds": len(finals), "mean": mean, "low": low, "high": high}
+    return differences
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Rows -> {"modes": {mode: {"seeds": {seed: entry}, "mean": entry}}, "differences": {...}}, fit for JSON.
+    """Rows -> {"modes": {mode: {"seeds": {seed: entry}, "mean": entry}}, "differences": {...}}.
 
-    An entry: judge_initial and judge_final, the first and last score on held-out prompts; judge_auc, the mean
-    height of the judge's curve (trapezoids); reward_final, the own reward over the last round's updates: all
-    four means over agents; worst_agent_final, the lowest judge_final (reward_final if there is no judge);
-    seconds and bytes received, sums over agents; incomplete_exchanges, how often an agent was absent or could not
-    use what a peer sent; updates, how far the seed came. None: cannot be had.
-    "mean" is over the seeds that came as far as the mode's farthest. "differences" is federated - isolated in
-    judge_final, paired over the seeds in which both came equally far, if there are two or more.
+    An entry: judge_initial and judge_final, the first and last score on held-out prompts;
+    judge_auc, the mean height of the judge's curve (trapezoids); reward_final, the own reward over
+    the last round's updates: all four means over agents; worst_agent_final, the lowest judge_final
+    (reward_final if there is no judge); seconds and bytes received, sums over agents;
+    incomplete_exchanges, how often an agent was absent or could not use what a peer sent; updates,
+    how far the seed came. None: cannot be had. All is fit for JSON.
+    "mean" is over the seeds that came as far as the mode's farthest. "differences" holds "MODE -
+    isolated" in judge_final for every other mode, paired over the seeds in which both came equally
+    far, if there are two or more.
     """
     groups = {}
     for row in rows:
         groups.setdefault(row["mode"], {}).setdefault(row["seed"], []).append(row)
     modes = {}
     for mode, by_seed in groups.items():
-        seeds = {str(seed): _summarise_seed(by_seed[seed]) for seed in sorted(by_seed)}  # str: as JSON has it
+        seeds = {str(seed): _summarise_seed(by_seed[seed]) for seed in sorted(by_seed)}
         farthest = max(entry["updates"] for entry in seeds.values())
         done = [entry for entry in seeds.values() if entry["updates"] == farthest]
         mean = {key: _mean(entry[key] for entry in done) for key in done[0]}
         modes[mode] = {"seeds": seeds, "mean": mean}
-
-    federated, isolated = (modes.get(mode, {"seeds": {}})["seeds"] for mode in ("federated", "isolated"))
-    pairs = [(federated[seed], isolated[seed]) for seed in federated if seed in isolated]
-    pairs = [(f["judge_final"], i["judge_final"]) for f, i in pairs if f["updates"] == i["updates"]]
-    pairs = [pair for pair in pairs if None not in pair]
-    differences = {}
-    if len(pairs) >= 2:
-        mean, low, high = paired_difference(*zip(*pairs, strict=True))
-        differences["federated - isolated"] = {"key": "judge_final", "seeds": len(pairs)}
-        differences["federated - isolated"] |= {"mean": mean, "low": low, "high": high}
-    return {"modes": modes, "differences": differences}
+    return {"modes": modes, "differences": _differences(modes)}
 
 
 def table(summary: dict) -> str:
-    """The summary as text, at most 100 columns: a row for each mode, then the paired difference, if any."""
+    """The summary as text: a row for each mode, then the paired differences, if any."""
 
     def number(value: float | None, decimals: int = 2) -> str:
         return "-" if value is None else f"{value:.{decimals}f}"
 
     line = "{:<11}  {:>5}  {:>21}  {:>5}  {:>11}  {:>10}  {:>12}  {:>8}"
-    lines = [line.format("mode", "seeds", "judge before -> after", "area", "worst agent", "own reward",
-                         "MB exchanged", "seconds")]  # fmt: skip
+    lines = [line.format("mode", "seeds", "judge before -> after", "area", "worst agent",
+                         "own reward", "MB exchanged", "seconds")]
     for mode, entry in summary["modes"].items():
         mean = entry["mean"]
         judge = f"{number(mean['judge_initial'])} -> {number(mean['judge_final'])}"
         scores = [number(mean[key]) for key in ("judge_auc", "worst_agent_final", "reward_final")]
         costs = number(mean["bytes"] / 1e6, 1), number(mean["seconds"], 1)
         lines.append(line.format(mode, len(entry["seeds"]), judge, *scores, *costs))
-    lines.append("(means over seeds; area: mean of the judge's curve; MB, seconds: all agents together)")
+    lines.append("(means over seeds; area: mean of the judge's curve; MB, seconds: all agents "
+                 "together)")
     for mode, entry in summary["modes"].items():
         if missed := sum(seed["incomplete_exchanges"] for seed in entry["seeds"].values()):
-            lines.append(f"{mode}: {missed} times an agent was absent, frozen or missed a peer (`missed` in "
-                         "metrics.jsonl)")
+            lines.append(f"{mode}: {missed} times an agent was absent, frozen or missed a peer "
+                         "(`missed` in metrics.jsonl)")
+    width = max(map(len, summary["differences"]), default=0)
     for name, d in summary["differences"].items():
         band = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
         few = ", too narrow" if d["seeds"] < 5 else ""
-        lines.append(f"{name}, judge after: {band} ({d['seeds']} same-seed pairs, 95 % band{few})")
+        lines.append(f"{name + ',':<{width + 1}} judge after: {band} ({d['seeds']} same-seed pairs, "
+                     f"95 % band{few})")
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------- pictures
 
 
 def _styles(modes: list[str]) -> list[tuple]:
-    """(colour, line, marker) per curve: a mode's first curve has the mode's own, others take spare ones."""
+    """(colour, line, marker) per curve: a mode's first curve has the mode's own, others take spare
+    ones, and when these are used up, one curve's colour with the line and marker of another."""
+    every = [*MODE_STYLES.values(), *SPARE_STYLES]
+    mixed = [(color, *every[(i + shift) % len(every)][1:])
+             for shift in range(1, len(every)) for i, (color, *_) in enumerate(every)]
     unused = [style for mode, style in MODE_STYLES.items() if mode not in modes]
-    spare = itertools.cycle(SPARE_STYLES + unused)
+    spare = itertools.cycle([*SPARE_STYLES, *unused, *mixed])
     first = [mode in MODE_STYLES and mode not in modes[:i] for i, mode in enumerate(modes)]
-    return [MODE_STYLES[mode] if own else next(spare) for mode, own in zip(modes, first, strict=True)]
+    return [MODE_STYLES[mode] if own else next(spare)
+            for mode, own in zip(modes, first, strict=True)]
 
 
 def _draw_curve(axes, rows: list[dict], mode: str, key: str, style: tuple, label: str) -> int:
-    """A mode's line in one panel, with its band, or thin lines for 2 seeds or 1 seed's agents -> S."""
+    """A mode's line in one panel, with its band, or thin lines for 2 seeds or 1 seed's agents -> S.
+    """
     color, line, marker = style
     updates, values = seed_curves(rows, mode, key)  # [U], [S, U]
     if not len(updates):
         return 0
-    axes.plot(updates, iqm(values), color=color, linestyle=line, linewidth=2, marker=marker, markersize=5,
-              markevery=max(1, len(updates) // 10), label=label, zorder=3)  # fmt: skip
+    axes.plot(updates, iqm(values), color=color, linestyle=line, linewidth=2, marker=marker,
+              markersize=5, markevery=max(1, len(updates) // 10), label=label, zorder=3)
     if len(values) >= 3:
         axes.fill_between(updates, *bootstrap_band(values), color=color, alpha=0.18, linewidth=0)
         return len(values)
@@ -330,7 +330,7 @@ def _draw_curve(axes, rows: list[dict], mode: str, key: str, style: tuple, label
 
 
 def _caption(runs: list[list[dict]], seeds: set[int]) -> str:
-    """How many agents and seeds, and what lines and bands mean for curves over `seeds` (a set of counts)."""
+    """How many agents and seeds, and what lines and bands mean for curves over `seeds` (counts)."""
     agents = {len({row["agent"] for row in rows}) for rows in runs}
     agents, counts = (" or ".join(map(str, sorted(numbers))) for numbers in (agents, seeds))
     meaning = {
@@ -343,12 +343,27 @@ def _caption(runs: list[list[dict]], seeds: set[int]) -> str:
     return "\n".join([f"agents: {agents}, seeds: {counts}", *lines])
 
 
-def draw(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
-    """Draw one or several runs: judge's score, own reward and KL to the initial policy against updates.
+def _add_legend(figure, lines: dict) -> None:
+    """Every label once, below the panels, in as few rows as the figure is wide enough for; the
+    figure grows by what the legend takes, so that the panels keep their size."""
+    labels = [textwrap.fill(label, 50) for label in lines]
+    for columns in range(min(6, len(lines)), 0, -1):
+        legend = figure.legend(lines.values(), labels, loc="outside lower center", ncols=columns,
+                               frameon=False, handlelength=4)
+        size = legend.get_window_extent()
+        if size.width <= 0.98 * figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
 
-    Where the own reward rises and the judge's score does not, the agents exploit their reward models. Of an
-    update the judge has scored the policy after it; own reward and KL are of its rollout, so of the one
-    before. Writes `out` (.png) and the same picture as .svg, same bytes for same metrics -> both paths.
+
+def draw(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
+    """Draw one or several runs: judge's score, own reward and KL to the initial policy by updates.
+
+    Where the own reward rises and the judge's score does not, the agents exploit their reward
+    models. Of an update the judge has scored the policy after it; own reward and KL are of its
+    rollout, so of the one before. Writes `out` (.png) and the same picture as .svg, same bytes for
+    same metrics -> both paths. Raises RunError.
     """
     import matplotlib
     from matplotlib.figure import Figure  # and no pyplot: no global state, no window system
@@ -363,12 +378,13 @@ def draw(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
         run = short[name] if len(set(short.values())) == len(runs) else name
         for mode in dict.fromkeys(row["mode"] for row in rows):  # in the order of the run
             curves.append((mode if len(runs) == 1 else f"{run}: {mode}", rows, mode))
-    keys = [key for key in PANELS if any(len(seed_curves(rows, mode, key)[0]) for _, rows, mode in curves)]
+    keys = [key for key in PANELS
+            if any(len(seed_curves(rows, mode, key)[0]) for _, rows, mode in curves)]
     if not keys:
         raise RunError(f"{', '.join(runs)}: no update to draw yet")
 
     with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "fedppo", "svg.fonttype": "path"}):
-        figure = Figure(figsize=(max(8.4, 4.2 * len(keys)), 4.5), layout="constrained")
+        figure = Figure(figsize=(max(8.4, 4.2 * len(keys)), 4.2), layout="constrained")
         figure.get_layout_engine().set(wspace=0.05)
         panels = figure.subplots(1, len(keys), sharex=True, squeeze=False)[0]
         styles = _styles([mode for *_, mode in curves])
@@ -383,8 +399,7 @@ def draw(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
             axes.spines[["top", "right"]].set_visible(False)
         if "judge" not in keys:
             panels[0].set_title("no judge: the agents' own reward only", fontsize=11)
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(4, len(legend)),
-                      frameon=False, handlelength=4)  # fmt: skip
+        _add_legend(figure, legend)
         figure.suptitle(_caption(list(runs.values()), seeds - {0}), fontsize=12)
         figure.savefig(png, dpi=150, metadata={"Software": None})
         figure.savefig(png.with_suffix(".svg"), metadata={"Date": None})
@@ -392,16 +407,18 @@ def draw(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """python plot.py RUN [RUN ...] [--out FILE.png] -> exit code: 0, or 2 and one line that says why."""
+    """python plot.py RUN [RUN ...] [--out FILE.png] -> exit code: 0, or 2 and one line on why."""
 
     def error(message: str) -> NoReturn:
         raise RunError(message)
 
     parser = argparse.ArgumentParser(description="Draw one or several runs and print their tables.")
     parser.error = error  # one line, as for every other mistake
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/first")
-    parser.add_argument("--out", metavar="FILE.png", help="the picture; the same as .svg goes beside it "
-                        "(default: curves.png, in the folder of a single run, else in this one)")  # fmt: skip
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as "
+                        "runs/first")
+    parser.add_argument("--out", metavar="FILE.png", help="the picture; the same as .svg goes "
+                        "beside it (default: curves.png, in the folder of a single run, else in "
+                        "this one)")
     try:
         options = parser.parse_args(argv)
         home = Path(options.runs[0]) if len(options.runs) == 1 else Path()

@@ -372,6 +372,33 @@ def evaluate(
     return logprobs, all_logprobs, values
 
 
+CHUNK = 2**21  # numbers of [b, T, V] that are worked on at a time
+
+
+def by_rows(function: Callable, *tensors: Tensor) -> Tensor:
+    """function(*tensors) -> [b, T], all [b, T, ...], a few rows at a time.
+
+    What a function makes of [b, T, V] inside has the size of its input, several times: of a few
+    rows it stays in a processor's cache, of all it would be the most of an update's memory.
+    """
+    rows = max(1, CHUNK // tensors[0][0].numel())
+    parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])
+
+
+def charge(
+    all_logprobs: Tensor, reference: Tensor, response: Tensor, weights: Tensor, settings
+) -> Tensor:
+    """kl.penalty by the settings' rule and estimator: [b, T, V], [b, T, X], [b, T] -> [b, T]."""
+    estimator = PENALTIES[settings.penalty].estimator
+
+    def penalty(logprobs: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
+        return kl.penalty(logprobs, reference, weights, rule=settings.rule, estimator=estimator,
+                          tokens=tokens)
+
+    return by_rows(penalty, all_logprobs, reference, response)
+
+
 @torch.no_grad()
 def collect(
     policy: Policy, references: list[Policy], weights: Tensor, initial: Policy, scorer: Callable,
@@ -395,19 +422,20 @@ def collect(
 
     # 2. Policy, references and initial policy read the answers, a few rows at a time: [b, T, V] is
     #    the largest thing there is.
-    rule = {"rule": settings.rule, "estimator": PENALTIES[settings.penalty].estimator}
+    estimator = PENALTIES[settings.penalty].estimator
     parts = []
     for rows in torch.arange(len(ids), device=ids.device).split(settings.micro_batch):
         part = ids[rows], attention[rows], response[rows], mask[rows]
         logprobs, all_logprobs, values = evaluate(policy, *part, settings.temperature)
         logits = (reference.response_forward(*part[:2], prompt_ids.shape[1])[0]
                   for reference in references)  # a generator: one reference's logits in memory
-        reference = kl.reference(logits, weights, **rule, tokens=part[2],
-                                 temperature=settings.temperature)  # [b, T, X]
-        penalty = kl.penalty(all_logprobs, reference, weights, **rule, tokens=part[2])  # [b, T]
+        reference = kl.reference(logits, weights, rule=settings.rule, estimator=estimator,
+                                 tokens=part[2], temperature=settings.temperature)  # [b, T, X]
+        penalty = charge(all_logprobs, reference, part[2], weights, settings)  # [b, T]
         initial_logprobs = evaluate(initial, *part, settings.temperature)[1]
-        kl_initial = kl.kl_exact(all_logprobs, initial_logprobs)
-        parts.append((logprobs, values, reference, penalty, kl_initial, entropy(all_logprobs)))
+        kl_initial = by_rows(kl.kl_exact, all_logprobs, initial_logprobs)
+        uncertainty = by_rows(entropy, all_logprobs)
+        parts.append((logprobs, values, reference, penalty, kl_initial, uncertainty))
     columns = map(torch.cat, zip(*parts, strict=True))
     return Rollout(ids, attention, response, mask, *columns, scores)
 
@@ -452,8 +480,7 @@ def ppo_loss(
     log_ratio = (logprobs - old_logprobs).detach()
     penalty = PENALTIES[settings.penalty]
     if penalty.in_loss:
-        kl_tokens = kl.penalty(all_logprobs, batch["reference"], weights, rule=settings.rule,
-                               estimator=penalty.estimator, tokens=response)  # [b, T]
+        kl_tokens = charge(all_logprobs, batch["reference"], response, weights, settings)  # [b, T]
         if penalty.estimator != "exact":
             # Tokens come from pi_old: the detached weight pi / pi_old keeps E grad k2 = grad KL.
             kl_tokens = log_ratio.exp() * kl_tokens

@@ -2,8 +2,8 @@
 
 In reading order
     1. World       the initial policy, the preference rows and the judge, loaded once
-    2. Task        of one seed: each agent's shard and scorer; the judge and its prompts are held
-    out 3. make_task   deal the rows, fit each agent's reward model to its own pairs, normalise it
+    2. Task        of one seed: each agent's shard and scorer; the judge and its prompts, held out
+    3. make_task   deal the rows, fit each agent's reward model to its own pairs, normalise it
 
 Nothing is learned here but reward models (data.py). Reading files and models is support/load.py's.
 
@@ -32,11 +32,15 @@ class World:
     def __init__(self, settings: Settings):
         """Load model and data. Raises UserError."""
         s = self.settings = decided(settings)
+        load.prepare_libraries(s.model, s.dataset)
+        fast.prepare_process(s.threads)
         self.device = torch.device(s.device)
         self.model, self.tokenizer, self.forbidden = load.load_model(
             load.home(s.model), self.device)
         self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        self.initial = self.new_policy().requires_grad_(False)  # mu_0
+        dtype = getattr(torch, s.dtype)
+        # mu_0, which never moves, is the loaded model itself; every other policy is a copy of it.
+        self.initial = fast.policy(self.model, self.forbidden, dtype).requires_grad_(False)
         labelled = s.reward in FITTED or s.judge == "heldout"
         self.pairs, self.dropped = load.load_pairs(load.home(s.dataset), s.splits, labelled)
         prompts = list(dict.fromkeys(pair.prompt for pair in self.pairs))
@@ -54,8 +58,8 @@ class World:
 
     def new_policy(self) -> ppo_core.Policy:
         """A policy of its own with the initial weights."""
-        dtype = getattr(torch, self.settings.dtype)
-        return fast.policy(copy.deepcopy(self.model), self.forbidden, dtype)
+        model = copy.deepcopy(self.model).requires_grad_(True)
+        return fast.policy(model, self.forbidden, self.initial.dtype)
 
     def padded(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts -> ids, mask [B, Q], left-padded."""

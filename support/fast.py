@@ -1,18 +1,16 @@
-"""Faster forms of what ppo_core.py and data.py have in plain form. Nothing here is needed to read
-them.
+"""Faster forms of what ppo_core.py and data.py have in plain form; not needed to read those.
 
 Each is chosen once, at the start of a run, and gives the plain form's results to rounding; the
 plain form is its oracle in tests/test_fast.py. benchmarks/speed.py says what each is worth.
 
 In reading order
     1. choice        policy, reward_model: the fast class for a GPT-NeoX (Pythia), else the plain
-    one 2. GPT-NeoX      neox_states: its layers without transformers' wrappers, which on a tiny
-    model cost
-                     as much again as the arithmetic
+    2. GPT-NeoX      neox_states: its layers without transformers' wrappers, which on a tiny model
+                     cost as much again as the arithmetic
     3. [V, D]        Embed, Project: the gradients of the two largest matrices are summed over
                      micro-batches in place, and not made anew for each
     4. CUDA graphs   GraphSampler: a sampled token is a hundred small kernels, launched all at once
-    5. this machine  tuned_generate, and what a CPU wants: keep_memory, give_back, use_onednn
+    5. this machine  tuned_generate, prepare_process, give_back, and what a CPU wants
 
 Dimension key: B rows, Q prompt tokens, T response tokens, L positions, D hidden size, V vocabulary,
 E positions that are attended to, R rotated features.
@@ -461,6 +459,13 @@ def tuned_generate(
         temperature=settings.temperature)
     print(told)
     return generate
+
+
+def prepare_process(threads: int) -> None:
+    """What torch and glibc are told before anything is loaded. threads: 0: torch decides."""
+    keep_memory()
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def keep_memory() -> None:

@@ -3,7 +3,8 @@
 In reading order
     1. places                 HOME, home, embedded, own_code: what is of the embedded tiny world
     2. preference rows        load_pairs: hub, cache, save_to_disk, parquet and jsonl, as data.Pair
-    3. models and prompts     online: whether the hub answers; load_model; prompt_ids
+    3. models and prompts     online: whether the hub answers; load_model, prepare_libraries,
+                              prompt_ids
     4. scorers                load_scorer: FILE.py:function, or a classifier's folder
     5. the matrix W           read_matrix, from JSON
 

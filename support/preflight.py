@@ -56,10 +56,10 @@ def preflight(world, task) -> list[Check]:
         if fit is not None:
             accuracy, n = fit
             chance = 0.5 + 1.645 * 0.5 / n**0.5  # one-sided 95 % bound of a coin
-            checks.append(Check(
-                f"{name}, accuracy on {n} held-out pairs", accuracy, chance, "no better than chance: "
-                "more pairs, another --reward-lr or --reward-epochs, or labels without signal",
-                floor=True, fatal=False))
+            cause = ("no better than chance: more pairs, another --reward-lr or --reward-epochs, "
+                     "or labels without signal")
+            checks.append(Check(f"{name}, accuracy on {n} held-out pairs", accuracy, chance, cause,
+                                floor=True, fatal=False))
     return checks
 
 

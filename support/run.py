@@ -14,17 +14,14 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
 
     mode, seed, agent, round, update   which line this is; `update` counts an agent's PPO updates
     judge            mean of the judge's score over the held-out prompts (the same for all agents
-    and
-                     modes), sampled at the training temperature with one random stream; before the
-                     first update and after every round
+                     and modes), sampled at the training temperature with one random stream; before
+                     the first update and after every round
     episodes         responses that the agent has learned from so far
     reward           the agent's own reward, mean over the rollout; normalised to mean 0 and
-    standard
-                     deviation 1 on samples of the initial policy, minus the missing-EOS penalty
-                     where it applies; without the KL penalty
+                     standard deviation 1 on samples of the initial policy, minus the missing-EOS
+                     penalty where it applies; without the KL penalty
     kl               KL(policy||cooperative reference), summed over the response, mean over
-    responses,
-                     nats, by the estimator that is trained on
+                     responses, nats, by the estimator that is trained on
     kl_initial       exact KL(policy||initial policy), summed and averaged likewise
     entropy          of the next-token distribution, mean over valid tokens, nats
     policy_loss, value_loss    means over the update's gradient steps; the value loss before c_v
@@ -44,7 +41,7 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
 summary.json has per mode and seed: judge_initial and judge_final (means over agents), judge_auc
 (mean height of the judge's curve over updates), reward_final (own reward over the last round),
 worst_agent_final, incomplete_exchanges, and seconds and bytes summed over agents; the means over
-seeds; and the paired difference federated - isolated where a run has both.
+seeds; and paired differences from `isolated` where a run has it.
 """
 
 import contextlib
@@ -72,9 +69,10 @@ from data import UserError
 from support import load
 from support.settings import Settings, show, to_resume
 
-KEYS = ("mode", "seed", "agent", "round", "update", "judge", "episodes", "reward", "kl", "kl_initial",
-        "entropy", "policy_loss", "value_loss", "clipfrac", "length", "ended", "bytes", "seconds",
-        "value_clipfrac", "approx_kl", "grad_norm", "lr", "beta", "reward_accuracy", "missed")
+KEYS = ("mode", "seed", "agent", "round", "update", "judge", "episodes", "reward", "kl",
+        "kl_initial", "entropy", "policy_loss", "value_loss", "clipfrac", "length", "ended",
+        "bytes", "seconds", "value_clipfrac", "approx_kl", "grad_norm", "lr", "beta",
+        "reward_accuracy", "missed")
 COUNTED = ("episodes", "bytes", "seconds")  # 0, not null, where there is nothing yet
 ALARMS = {"reward": 10.0, "kl": 100.0, "kl_initial": 100.0}  # standard deviations; nats a response
 SECONDS_BETWEEN = 30.0  # two checkpoints: rounds that are shorter share one
@@ -102,8 +100,8 @@ class Run:
         self.lock = lock(config)
         if self.resumed:
             if json.loads(config.read_text()).get("matrix") != matrix:
-                raise UserError(f"--resume {self.folder}: {s.topology} is no longer the matrix that "
-                                "the run was started with")
+                raise UserError(f"--resume {self.folder}: {s.topology} is no longer the matrix "
+                                "that the run was started with")
             self.go_back()
         self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         updates = sum(agents[mode] for mode in s.mode) * len(s.seeds) * s.rounds * s.updates
@@ -129,8 +127,8 @@ class Run:
             print(f"\ninterrupted: {shlex.join([sys.executable, sys.argv[0]])} {again} {goes_on}")
         elif isinstance(error, FloatingPointError):
             last = self.rows[-1]
-            raise FloatingPointError(f"{last['mode']}, seed {last['seed']}, {error} (metrics so far: "
-                                     f"{self.folder})") from None
+            raise FloatingPointError(f"{last['mode']}, seed {last['seed']}, {error} (metrics so "
+                                     f"far: {self.folder})") from None
         elif isinstance(error, OSError):  # a full disk, as a rule
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise UserError(f"{error.filename or self.folder}: {error.strerror or error}; "
@@ -163,8 +161,8 @@ class Run:
         found = {name: f"{who}, update {row['update']}: {name} is {row[name]:.3g}"
                  for name, limit in ALARMS.items() if abs(row[name] or 0) > limit}
         if row["missed"] and "diverged in" in row["missed"]:
-            found["diverged"] = (f"{row['mode']}, seed {row['seed']}, {row['missed']}; it is frozen "
-                                 "and left out of exchanges")
+            found["diverged"] = (f"{row['mode']}, seed {row['seed']}, {row['missed']}; it is "
+                                 "frozen and left out of exchanges")
         for name, text in found.items():
             if (who, name) not in self.said:
                 self.said.add((who, name))
@@ -224,8 +222,8 @@ class Run:
                 last = read_checkpoint(file)
                 rows = [json.loads(line) for line in lines[:last["rows"]]]
                 if len(rows) < last["rows"]:
-                    raise ValueError(f"metrics.jsonl has {len(rows)} of the {last['rows']} lines it "
-                                     "speaks of")
+                    raise ValueError(f"metrics.jsonl has {len(rows)} of the {last['rows']} lines "
+                                     "it speaks of")
             except Exception as error:  # damage shows in many ways
                 text = " ".join(str(error).split())[:100]
                 unusable[file] = f"{type(error).__name__}: {text}"
@@ -365,7 +363,8 @@ def new_folder(s: Settings) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").touch()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another "
+                        "--out") from None
     return folder
 
 
@@ -415,8 +414,8 @@ def model_card(title: str, s: Settings) -> str:
 def samples_page(samples: dict[str, list[dict]], s: Settings) -> str:
     """samples.md: for the first seed, the same prompts before and after, per mode and agent."""
     lines = ["# The same prompts before and after training", "",
-             f"Seed {s.seeds[0]}, sampled at temperature {s.temperature:g}. ⏹ marks a response that "
-             "ended by itself; a number is the judge's score.", ""]
+             f"Seed {s.seeds[0]}, sampled at temperature {s.temperature:g}. ⏹ marks a response "
+             "that ended by itself; a number is the judge's score.", ""]
     for name, before in samples.items():
         mode, seed, agent, when = name.split()
         if when != "before" or int(seed) != s.seeds[0]:

@@ -53,8 +53,8 @@ class Settings:
         (0,), "one or more; a seed redraws which rows and prompts each agent gets, evaluation "
         "prompts, reward models and sampling", group="run")
     preset: str = setting(
-        "auto", "model, data and hyperparameters together; auto: pythia-70m where there is a GPU and "
-        "the model can be had, or where another --model or --dataset is named, else tiny",
+        "auto", "model, data and hyperparameters together; auto: pythia-70m where there is a GPU "
+        "and the model can be had, or where another --model or --dataset is named, else tiny",
         group="run", choices=("auto", "tiny", "pythia-70m"))
     out: str = setting("runs", "folder of all runs", group="run")
     name: str = setting("", "this run's folder inside --out (default: the modes and the time)",
@@ -62,8 +62,8 @@ class Settings:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu",
                           group="run")
     threads: int = setting(
-        1, "CPU threads of torch; 0: torch decides. One is best for a tiny model; results are equal "
-        "to the bit only for equal numbers", pythia=0, group="run")
+        1, "CPU threads of torch; 0: torch decides. One is best for a tiny model; results are "
+        "equal to the bit only for equal numbers", pythia=0, group="run")
     dtype: str = setting(
         "float32", "of the policies' matrix products; the weights are float32 in any case. With "
         "bfloat16 log-probs have errors, of about 0.01 on the model of tiny and more where logits "
@@ -72,8 +72,8 @@ class Settings:
     model: str = setting("tiny/model", "a causal LM: hub name or local folder",
                          pythia="EleutherAI/pythia-70m-deduped", group="model and data")
     dataset: str = setting(
-        "tiny/data", "preference pairs: hub name, save_to_disk folder, folder of .parquet or .jsonl, "
-        "or .jsonl file", pythia="trl-internal-testing/descriptiveness-sentiment-trl-style",
+        "tiny/data", "preference pairs: hub name, save_to_disk folder, folder of .parquet or "
+        ".jsonl, or .jsonl file", pythia="trl-internal-testing/descriptiveness-sentiment-trl-style",
         group="model and data")
     splits: tuple[str, ...] = setting((), "splits to use (default: all)", group="model and data")
     shards: str = setting(
@@ -84,9 +84,9 @@ class Settings:
     eval_prompts: int = setting(128, "held-out prompts that the judge scores responses to",
                                 group="model and data")
     judge: str = setting(
-        "tiny/judge.py:score", "FILE.py:function(prompts, responses, ended) -> scores; the directory "
-        "of a sequence-classification model; heldout: a reward model fitted to pairs that no agent "
-        "has; none", pythia="heldout", group="model and data")
+        "tiny/judge.py:score", "FILE.py:function(prompts, responses, ended) -> scores; the "
+        "directory of a sequence-classification model; heldout: a reward model fitted to pairs "
+        "that no agent has; none", pythia="heldout", group="model and data")
 
     reward: str = setting(
         "private", "private: each agent fits its own pairs; shared: one model on all pairs, or "
@@ -120,8 +120,8 @@ class Settings:
         1.0, "probability that an agent takes part in an exchange; an absent one trains on, and "
         "neither sends nor receives", group="federation")
     outlier: float = setting(
-        0.0, "leave out a peer whose policy is more than this many times as far from the agent's own "
-        "as the median peer's, by KL on the agent's own prompts; 0: trust every peer",
+        0.0, "leave out a peer whose policy is more than this many times as far from the agent's "
+        "own as the median peer's, by KL on the agent's own prompts; 0: trust every peer",
         group="federation")
 
     batch: int = setting(32, "episodes per PPO update and agent", pythia=64, group="PPO")
@@ -138,7 +138,8 @@ class Settings:
     lr_schedule: str = setting("constant", "of the learning rate over the whole run",
                                pythia="linear", group="PPO", choices=("constant", "linear"))
     clip: float = setting(
-        0.2, "epsilon of the clipped objective (1707.06347, eq. 7), and the largest move of a value",
+        0.2, "epsilon of the clipped objective (1707.06347, eq. 7), and the largest move of a "
+        "value",
         group="PPO")
 
     beta: float | None = setting(

@@ -283,6 +283,28 @@ def test_a_model_that_cannot_be_trained_is_refused(tmp_path):
     check(tmp_path / "gone", "no local folder")
 
 
+def test_a_prompt_must_have_tokens_and_leave_room_for_a_response(small_model):
+    """The small model's context is 64 positions: the longest prompt's 24 tokens and 40 more."""
+    model, tokenizer, _ = load.load_model(str(small_model), "cpu")
+    prompts = ["The room", "The" + " room" * 23]
+    ids = load.prompt_ids(tokenizer, prompts, model, 40)
+    assert list(ids) == prompts and ids["The room"] == tokenizer("The room")["input_ids"]
+    assert len(ids[prompts[1]]) == 24
+    with refused("'The room room.* has 24 tokens; with --response-length 41 .* context of 64"):
+        load.prompt_ids(tokenizer, prompts, model, 41)
+    with refused("the prompt '' has no tokens"):
+        load.prompt_ids(tokenizer, [*prompts, ""], model, 4)
+
+
+@pytest.mark.parametrize("model, dataset, asked", [
+    ("tiny/model", "tiny/data", 0), ("hub/name", "tiny/data", 1), ("tiny/model", "hub/name", 1)])
+def test_the_hub_is_asked_once_and_only_for_what_is_not_here(monkeypatch, model, dataset, asked):
+    calls = []
+    monkeypatch.setattr(load, "online", lambda: calls.append(1))
+    load.prepare_libraries(model, dataset)
+    assert len(calls) == asked
+
+
 @contextlib.contextmanager
 def server(answer):
     """A local server that sends `answer` to whoever connects; b"" accepts and stays silent."""

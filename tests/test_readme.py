@@ -14,6 +14,7 @@ import torch
 
 import fedppo
 import kl
+from support import run
 from support.settings import Settings, parse
 
 ROOT = Path(kl.__file__).parent
@@ -29,8 +30,8 @@ BAND = r"[+-]\d+\.\d\d \[[^]]*\]"
 
 def test_the_map_has_the_true_line_counts():
     rows = dict(re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| ([\d,]+) \|", README, re.M))
-    assert list(rows) == ["walkthrough.py", "kl.py", "ppo_core.py", "data.py", "fedppo.py",
-                          "plot.py"]
+    assert list(rows) == ["walkthrough.py", "kl.py", "ppo_core.py", "data.py", "world.py",
+                          "fedppo.py", "plot.py"]
     true = {file: f"{len((ROOT / file).read_text().splitlines()):,}" for file in rows}
     assert rows == true
     total = sum(int(lines.replace(",", "")) for lines in true.values())
@@ -79,6 +80,11 @@ def test_ci_runs_the_readmes_test_command():
     lines = (ROOT / ".ci/run").read_text().splitlines()
     command = next(line for line in lines if line.startswith("python3 -m venv"))
     assert f"```sh\n{command}\n```" in README
+
+
+def test_every_key_of_the_metrics_is_explained():
+    for key in run.KEYS:
+        assert re.search(rf"^    (\w+, )*{key}\b", run.__doc__, re.M), key
 
 
 def test_the_table_of_modes_is_that_of_the_program():
@@ -166,7 +172,7 @@ def test_two_rounds_of_two_agents_from_python(shown):
     assert sorted((row["agent"], row["update"]) for row in rows) == \
         [(agent, update) for agent in range(2) for update in range(3)]
     assert all(isinstance(row["judge"], float) for row in rows)
-    assert all(row["kl"] is not None for row in rows if row["update"])
+    assert all(row["kl"] > 0 for row in rows if row["update"])
     assert len(shown["agents"]) == 2
 
 

@@ -13,6 +13,7 @@ import torch
 import worlds
 from transformers import GPTNeoXForSequenceClassification, pipeline
 
+import data
 import fedppo
 from support import load, run
 
@@ -72,9 +73,11 @@ def weights(folder):
 def check_metrics(folder, modes=("federated",), agents=2, seeds=(0,), updates=1, judge=True):
     """Every line that should be there has every promised key; what is measured is finite."""
     rows = metrics(folder)
-    assert sorted((row["mode"], row["seed"], row["agent"], row["update"]) for row in rows) == sorted(
-        (mode, seed, agent, update) for mode in modes for seed in seeds
-        for agent in range(1 if mode == "centralized" else agents) for update in range(updates + 1))
+    found = [(row["mode"], row["seed"], row["agent"], row["update"]) for row in rows]
+    expected = [(mode, seed, agent, update) for mode in modes for seed in seeds
+                for agent in range(1 if mode == "centralized" else agents)
+                for update in range(updates + 1)]
+    assert sorted(found) == sorted(expected)
     for row in rows:
         missing = set() if row["update"] else MEASURED - ALWAYS  # nothing is sampled before
         assert all(math.isfinite(row[key]) for key in MEASURED - missing)
@@ -136,7 +139,7 @@ def largest_moves(agent, model):
 # --------------------------------------------------------------------------- exactly Pythia's shape
 
 
-@pytest.mark.slow  # half a minute and half a gigabyte, which it removes
+@pytest.mark.slow  # twenty seconds and most of a gigabyte, which it removes
 def test_a_model_of_exactly_pythias_shape_goes_the_whole_way(tmp_path, real_data, capfd,
                                                              monkeypatch):
     """float16 on disk, 50,304 rows for 320 tokens, no pad token: details 2, 21, 29 in a run."""
@@ -239,11 +242,14 @@ def test_a_classifier_may_be_reward_and_judge(train, tmp_path):
     check_metrics(train("--reward", judge, "--judge", judge))
 
 
-@pytest.mark.parametrize("reward", ["shared", "ensemble"])
-def test_pooled_rewards_run_and_are_said_not_to_be_private(train, rule, reward, capfd):
-    rows = check_metrics(train("--reward", reward, "--judge", rule))
-    accuracies = {row["reward_accuracy"] for row in rows if not row["update"]}
-    assert len(accuracies) == (1 if reward == "shared" else 2)  # one model, or one of each agent
+@pytest.mark.parametrize("reward, pairs", [("shared", [16]), ("ensemble", [8, 8])])
+def test_pooled_rewards_are_one_model_on_all_pairs_or_one_of_each_agent(train, rule, monkeypatch,
+                                                                        capfd, reward, pairs):
+    fitted, fit = [], data.fit_reward_model
+    monkeypatch.setattr(data, "fit_reward_model", lambda model, pairs, *args, **kwargs: (
+        fitted.append(len(pairs)) or fit(model, pairs, *args, **kwargs)))
+    check_metrics(train("--reward", reward, "--judge", rule))
+    assert fitted == pairs
     assert f"not private: --reward {reward} pool" in capfd.readouterr().out
 
 
