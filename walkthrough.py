@@ -21,6 +21,7 @@ a KL penalty for language models 1909.08593, to several references 2502.01203 an
 import copy
 import json
 from pathlib import Path
+from textwrap import fill
 from types import SimpleNamespace
 
 import torch
@@ -32,14 +33,14 @@ import ppo_core
 from tiny import judge
 
 TINY = Path(__file__).resolve().parent / "tiny"
-B, Q, T, EOS, PAD, SEED = 16, 3, 20, 0, 1, 3
+B, Q, T, EOS, PAD, SEED = 16, 3, 20, 0, 1, 16
 W = (0.6, 0.4)  # agent 0's row of the communication matrix: for its own copy, for agent 1's
-LR, BETA, CLIP = 1e-3, 0.5, 0.2  # BETA: the price of a nat of KL, in units of reward
+LR, BETA, CLIP = 1e-3, 0.5, 0.2  # BETA: the price of a nat of KL in units of reward
 GAMMA, LAMBDA, VALUE_COEF, MAX_NORM = 1.0, 0.95, 0.1, 1.0  # sources: ppo_core.py
 
 
-def say(text: str) -> None:
-    print("\n" + "\n".join(" ".join(line.split()) for line in text.splitlines()))
+def say(*paragraphs: str) -> None:
+    print("\n" + "\n".join(fill(" ".join(text.split()), 92) for text in paragraphs))
 
 
 def table(r: SimpleNamespace, columns: dict[str, Tensor]) -> None:
@@ -87,11 +88,10 @@ def agents(tokenizer) -> tuple[nn.Module, nn.Module, list[str]]:
         optimizer.zero_grad()
         peer(ids, labels=ids).loss.backward()  # cross-entropy
         optimizer.step()
-    say(f"""0 WHO IS HERE
-        Agent 0's policy pi is the tiny model. At an exchange every agent sends a frozen copy of
-        its policy: mu_0 is agent 0's own, so pi = mu_0 now; mu_1 is agent 1's, which is ahead: 20
-        steps of cross-entropy on {len(ids)} texts with scores above 1. Agent 0's row of W is {W}:
-        so much it listens to itself, so much to agent 1.""")
+    say("0 WHO IS HERE", f"""Agent 0's policy pi is the tiny model. At an exchange every agent sends
+        a frozen copy of its policy: mu_0 is agent 0's own, so pi = mu_0 now; mu_1 is agent 1's,
+        which is ahead: 20 steps of cross-entropy on {len(ids)} texts with scores above 1. Agent 0's
+        row of W is {W}: so much it listens to itself, so much to agent 1.""")
     return policy, peer, [prompt for prompt, _ in pairs if len(prompt.split()) == Q][:B]
 
 
@@ -108,11 +108,10 @@ def sample(policy: nn.Module, tokenizer, prompts: list[str]) -> SimpleNamespace:
     words, ended = [*texts[0].split(), "<eos>"][:mask[0].sum()], is_eos.any(1).tolist()
     scores = torch.tensor(judge.score(prompts, texts, ended))  # [B]
     terms = judge.terms(prompts[0], texts[0], ended[0]).items()
-    say(f"""1 SAMPLE AND SCORE
-        pi answers {B} prompts: ids [{B}, {Q} + {T}], {mask.sum()} of them valid response tokens.
-        The first: {prompts[0]} ... {texts[0]}
-        The judge gives it {scores[0]:+.3f} ({", ".join(f"{k} {v:+.2f}" for k, v in terms if v)}),
-        and the batch {scores.mean():+.3f} on average.""")
+    made = ", ".join(f"{k} {v:+.2f}" for k, v in terms if v) or "nothing"
+    say("1 SAMPLE AND SCORE", f"""pi answers {B} prompts: ids [{B},{Q}+{T}], {mask.sum()} of them
+        valid response tokens. The first prompt and response:""", f'"{prompts[0]} ...{texts[0]}"',
+        f"Score {scores[0]:+.3f}, made of: {made}. Mean of the batch: {scores.mean():+.3f}.")
     return SimpleNamespace(ids=ids, response=response, mask=mask, scores=scores, words=words)
 
 
@@ -120,24 +119,23 @@ def cooperate(r: SimpleNamespace, pi: Tensor, mu: list[Tensor], tokenizer) -> No
     """Steps 2 and 3, from log-probs [B, T, V] -> r.log_rho [B, T, V], r.kl [B, T]."""
     total = W[0] * mu[0] + W[1] * mu[1]
     r.log_rho = total.log_softmax(-1)  # sum_j w_j log mu_j - log Z: kl.py's rule `geometric`
-    log_z, to_peer, r.kl = total.logsumexp(-1), kl_of(pi, mu[1]), kl_of(pi, r.log_rho)  # [B, T]
-    say(f"""2 TWO REFERENCES BECOME ONE
-        rho = mu_0^{W[0]} mu_1^{W[1]} / Z is the cooperative reference: what pi shall stay near, and
-        so how agent 0 learns from agent 1 without its data. Z makes the {pi.shape[-1]} probabilities
-        of a state sum to 1. At state 0, after the prompt, Z = {log_z[0, 0].exp():.3f}; the likeliest words:
-        """)
-    print(f"     {'':10}{'mu_0':>11}{'mu_1':>11}{'product':>11}{'rho':>11}")
+    log_z, far, r.kl = total.logsumexp(-1), kl_of(pi, mu[1]), kl_of(pi, r.log_rho)  # [B, T]
+    say("2 TWO REFERENCES BECOME ONE", f"""rho = mu_0^{W[0]} mu_1^{W[1]} / Z is the cooperative
+        reference: what pi shall stay near, and so how agent 0 learns from agent 1 without its data.
+        Z lets the {pi.shape[-1]} probabilities sum to 1; at state 0, right after the prompt, it is
+        {log_z[0, 0].exp():.3f}. The likeliest words there:""")
+    print(f"\n     {'':10}{'mu_0':>11}{'mu_1':>11}{'product':>11}{'rho':>11}")
     for v in r.log_rho[0, 0].topk(4).indices.tolist():
         cells = "".join(f"{x[0, 0, v].exp():11.3f}" for x in (*mu, total, r.log_rho))
         print(f"     {tokenizer.convert_ids_to_tokens(v):10}{cells}")
-    say(f"""3 LOG-PROBS AND KL, in nats
-        A log-prob belongs to the token that was drawn; a KL sums over all words at its state.
-        Check at state 0: w_0 KL(pi||mu_0) + w_1 KL(pi||mu_1) = KL(pi||rho) - log Z, in numbers
-        {W[0]} * 0 + {W[1]} * {to_peer[0, 0]:.4f} = {r.kl[0, 0]:.4f} + {-log_z[0, 0]:.4f}, where the \
-        last is the price of references that disagree.""")
+    say("3 LOG-PROBS AND KL, in nats", f"""A log-prob here is of the token that was drawn, a KL sums
+        over all words at its state: [{B},{T}] each, from [{B},{T},{pi.shape[-1]}]. Check at state
+        0: w_0 KL(pi||mu_0) + w_1 KL(pi||mu_1) = KL(pi||rho) - log Z. In numbers, {W[0]} * 0 +
+        {W[1]} * {far[0, 0]:.4f} = {r.kl[0, 0]:.4f} + {-log_z[0, 0]:.4f}; the last is the price
+        of references that disagree.""")
     chosen = [pick(x, r.response) for x in (*mu, r.log_rho)]
     names = ("log pi", "log mu_0", "log mu_1", "log rho", "KL to mu_1", "KL to rho")
-    table(r, dict(zip(names, (r.logprobs, *chosen, to_peer, r.kl), strict=True)))
+    table(r, dict(zip(names, (r.logprobs, *chosen, far, r.kl), strict=True)))
 
 
 def advantages(r: SimpleNamespace) -> None:
@@ -152,12 +150,12 @@ def advantages(r: SimpleNamespace) -> None:
     middle = mean(r.advantages, r.mask)
     r.sigma = (mean((r.advantages - middle) ** 2, r.mask) + 1e-8).sqrt()
     r.whitened = (r.advantages - middle) / r.sigma * r.mask
-    say(f"""4 ADVANTAGES: did it go better than expected?
-        The score is paid at the last token; V(s_t) is the critic's guess of it, here a poor one.
-        Token t surprises it by delta_t = r_t + V(s_t+1) - V(s_t), and what follows counts less the
-        later it is: A_t = delta_t + {LAMBDA} A_t+1 (GAE, 1506.02438, eq. 16). V shall learn the
-        return, A + V. Whitened is (A {-middle:+.3f}) / {r.sigma:.3f}, by the batch's mean and deviation
-        sigma_A: better or worse than usual is what counts, on one scale for all rewards.""")
+    say("4 ADVANTAGES: did it go better than expected?", f"""The score is paid at the last token;
+        V(s_t) is the critic's guess of it, here a poor one. Token t surprises it by delta_t =
+        r_t + V(s_t+1) - V(s_t), and what follows counts less the later it is: A_t = delta_t +
+        {LAMBDA} A_t+1 (GAE, 1506.02438, eq. 16). V shall learn the return, A + V. Whitened is
+        (A {-middle:+.3f}) / {r.sigma:.3f}, by the batch's mean and deviation sigma_A: what counts
+        is better or worse than usual, on one scale.""")
     table(r, {"reward": r.rewards, "V": value, "delta": delta, "A": r.advantages,
               "return": r.returns, "whitened": r.whitened})
 
@@ -181,7 +179,7 @@ def loss_of(policy: nn.Module, r: SimpleNamespace) -> SimpleNamespace:
 def update(policy: nn.Module, r: SimpleNamespace) -> list[SimpleNamespace]:
     """Steps 5, 6 and 7 -> the loss by its terms, before each of two gradient steps."""
     optimizer = torch.optim.Adam(policy.parameters(), LR, betas=(0.9, 0.99), eps=1e-5)
-    history, sums = [], []
+    history, numbers = [], []
     for _ in range(2):
         x = loss_of(policy, r)
         optimizer.zero_grad()
@@ -189,30 +187,28 @@ def update(policy: nn.Module, r: SimpleNamespace) -> list[SimpleNamespace]:
         x.grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_NORM)
         optimizer.step()
         history.append(x)
-        sums.append(f"{x.policy_loss:z.4f} + {VALUE_COEF} * {x.value_loss:.4f} + {BETA} / "
-                    f"{r.sigma:.3f} * {x.mean_kl:.4f} = {x.loss:.4f}")
+        numbers.append(f"= {x.policy_loss:z.4f} + {VALUE_COEF} * {x.value_loss:.4f} + {BETA} / "
+                       f"{r.sigma:.3f} * {x.mean_kl:.4f} = {x.loss:.4f}")
     first, second, after = *history, loss_of(policy, r)
-    say(f"""5 FIRST GRADIENT STEP
-        Loss = policy loss + c_v * value loss + beta / sigma_A * KL, in numbers
-        {sums[0]}. pi is still pi_old: each ratio is 1,
-        and the policy loss minus the mean of whitened A, 0. Its gradient is not 0: a step against it
-        raises log pi where A > 0. The value loss is half the mean of (V - return)^2. The gradient
-        has norm {first.grad_norm:.3f}, is cut to {MAX_NORM} where longer, and Adam takes a step of rate {LR}.""")
+    say("5 FIRST GRADIENT STEP", "Loss = policy loss + c_v * value loss + beta / sigma_A * KL",
+        numbers[0], f"""pi is still pi_old: each ratio is 1, and the policy loss, minus the mean of
+        whitened A, is zero. Its gradient is not: a step against it raises log pi where A > 0. The
+        value loss is half the mean of (V - return)^2. The gradient of it all has norm
+        {first.grad_norm:.3f}, is cut to {MAX_NORM} where longer, and Adam steps.""")
     stopped = ((second.clipped > second.plain) & (r.mask == 1)).sum()
-    say(f"""6 SECOND GRADIENT STEP, on the same responses
-        Loss = {sums[1]}; its gradient has norm {second.grad_norm:.3f}.
-        ratio = pi / pi_old = exp(log pi - log pi_old) is no longer 1. The larger of -ratio A and
-        -clip(ratio) A counts (1707.06347, eq. 7, negated). Where that is the clipped one, the ratio
-        has gone where A asks it to and left {1 - CLIP} to {1 + CLIP}: no gradient drives it further.
-        So it is at {stopped} of {r.mask.sum()} tokens.""")
+    say("6 SECOND GRADIENT STEP, on the same responses", f"Loss {numbers[1]}", f"""ratio = pi /
+        pi_old = exp(log pi - log pi_old) is no longer 1. The larger of -ratio A and
+        -clip(ratio) A counts (1707.06347, eq. 7, negated). Where that is the clipped
+        one, the ratio has gone where A asks it to and left {1 - CLIP} to {1 + CLIP}: the policy
+        loss drives it no further. So it is at {stopped} of {r.mask.sum()} tokens. The
+        gradient's norm is {second.grad_norm:.3f}.""")
     table(r, {"whitened A": r.whitened, "ratio": second.ratio, "-ratio A": second.plain,
               "-clip A": second.clipped, "counts": second.larger})
     obey = mean(((after.logprobs > r.logprobs) == (r.whitened > 0)).float(), r.mask)
-    say(f"""7 WHAT CHANGED, by both steps
-        Loss {first.loss:.4f} -> {after.loss:.4f}, value loss {first.value_loss:.4f} -> \
-        {after.value_loss:.4f}, KL to rho {first.mean_kl:.4f} -> {after.mean_kl:.4f}.
-        {obey:.0%} of all tokens became likelier where A > 0 and less likely where A < 0: not each,
-        for all share the same parameters, and the KL pulls too.""")
+    say("7 WHAT CHANGED, by both steps", f"""Loss {first.loss:.4f} -> {after.loss:.4f}, value loss
+        {first.value_loss:.4f} -> {after.value_loss:.4f}, KL to rho {first.mean_kl:.4f} ->
+        {after.mean_kl:.4f}. {obey:.0%} of all tokens became likelier where A > 0 and less likely
+        where A < 0: not each, for all share the same parameters, and the KL pulls too.""")
     table(r, {"whitened A": r.whitened, "log pi_old": r.logprobs, "log pi": after.logprobs,
               "KL before": first.kl, "KL after": after.kl})
     return history
@@ -220,8 +216,8 @@ def update(policy: nn.Module, r: SimpleNamespace) -> list[SimpleNamespace]:
 
 def compare(start: nn.Module, peer: nn.Module, policy: nn.Module, r, history) -> int:
     """Step 8: the same update by ppo_core.py, which calls kl.py -> exit code."""
-    forbidden = torch.zeros(start.config.vocab_size, dtype=torch.bool)  # no id is
-    theirs, own, other = (ppo_core.Policy(copy.deepcopy(m), forbidden) for m in (start, start, peer))
+    ids = torch.zeros(start.config.vocab_size, dtype=torch.bool)  # True: forbidden
+    theirs, own, other = (ppo_core.Policy(copy.deepcopy(m), ids) for m in (start, start, peer))
     theirs.value_head = theirs.model.value_head
     s = SimpleNamespace(response_length=T, temperature=1.0, missing_eos_penalty=0, rule="geometric",
                         penalty="exact-in-loss", epochs=2, minibatches=1, micro_batch=B, clip=CLIP)
@@ -242,13 +238,12 @@ def compare(start: nn.Module, peer: nn.Module, policy: nn.Module, r, history) ->
         "KL to rho (kl.penalty)": (r.kl, out.kl), "A (gae)": (r.advantages, gae[0]),
         "return (gae)": (r.returns, gae[1]), "whitened A (whiten)": (r.whitened, white),
         "policy loss, step 2 (policy_loss)": (second.policy_loss, pg),
-        "value loss, step 2 (value_loss)": (second.value_loss, vf)}
-    for name in ("policy_loss", "value_loss", "grad_norm"):  # optimise gives means over its steps
-        ours = (getattr(first, name) + getattr(second, name)) / 2
-        pairs[f"{name.replace('_', ' ')}, mean (optimise)"] = ours, torch.tensor(found[name])
-    pairs["parameters after (optimise)"] = tuple(
-        torch.cat([p.flatten() for p in m.parameters()]) for m in (policy, theirs))
-    say("8 THE SAME BY ppo_core.py AND kl.py\nThe first entry of each; the largest gap of all entries.")
+        "value loss, step 2 (value_loss)": (second.value_loss, vf),
+        "gradient's norm, mean (optimise)": (
+            (first.grad_norm + second.grad_norm) / 2, torch.tensor(found["grad_norm"])),
+        "parameters after (optimise)": tuple(
+            torch.cat([p.flatten() for p in m.parameters()]) for m in (policy, theirs))}
+    say("8 THE SAME BY ppo_core.py AND kl.py: the first entry, and the largest gap of all entries")
     print(f"\n  {'':36}{'here':>11}{'there':>11}{'gap':>9}")
     differ = []
     for name, pair in pairs.items():

@@ -190,9 +190,8 @@ class Run:
         content = {"seed": seed, "mode": mode, "rows": len(self.rows), "samples": self.samples,
                    "state": state}
         os.fsync(self.metrics.fileno())  # no checkpoint speaks of lines that a power cut takes
-        # A finished arm's last round and its end have the same number of lines: the end counts.
-        end = "-end" if state is None else ""
-        write_checkpoint(self.folder / f"checkpoint-{len(self.rows):08d}{end}.pt", content)
+        # The end of an arm has as many lines as its last round, whose checkpoint it replaces.
+        write_checkpoint(self.folder / f"checkpoint-{len(self.rows):08d}.pt", content)
         for old in self.checkpoints()[:-2]:
             old.unlink()
         self.saved_at = time.monotonic()
