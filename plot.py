@@ -46,17 +46,16 @@ PANELS = {
     "reward": "own reward (z-score)",
     "kl_initial": "KL(policy‖initial), nats per response",
 }
-# Okabe and Ito's colours, for colour-blind readers; line and marker differ too, for prints without
-# colour.
+# Okabe and Ito's colours, for colour-blind readers; line and marker differ too, for grey prints.
 MODE_STYLES = {
     "isolated": ("#D55E00", "--", "s"),
-    "classic": ("#CC79A7", (0, (6, 2)), "v"),
+    "classic": ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "v"),
     "federated": ("#0072B2", "-", "o"),
-    "merged": ("#56B4E9", (0, (4, 1, 1, 1)), "P"),
+    "merged": ("#56B4E9", (0, (7, 3)), "P"),
     "fedavg": ("#009E73", "-.", "^"),
     "centralized": ("#000000", ":", "D"),
 }
-SPARE_STYLES = [("#E69F00", (0, (2, 1)), "X"), ("#888888", (0, (8, 1, 1, 1)), "<")]
+SPARE_STYLES = [("#E69F00", (0, (2, 1)), "X"), ("#888888", (0, (7, 1, 1, 1)), "<")]
 
 
 class RunError(ValueError):
@@ -92,7 +91,7 @@ def load_metrics(folder: str | Path) -> list[dict]:
 
 
 def seed_curves(rows: list[dict], mode: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """One curve per seed, the mean over its agents -> (updates [U], values [S, U]), seeds ascending.
+    """One curve per seed, the mean over its agents -> (updates [U], values [S, U]); seeds ascend.
 
     An update counts once every agent of the seed has a value there (null is none). U is that of the
     longest seed; seeds that stop before (a run still going, or killed) are left out, so that no
@@ -103,24 +102,24 @@ def seed_curves(rows: list[dict], mode: str, key: str) -> tuple[np.ndarray, np.n
         if row["mode"] == mode:
             agents.setdefault(row["seed"], set()).add(row["agent"])
             if row.get(key) is not None:
-                cell = cells.setdefault(row["seed"], {}).setdefault(row["update"], [])
-                cell.append(row[key])
+                cell = cells.setdefault(row["seed"], {})
+                cell.setdefault(row["update"], []).append(row[key])
     curves = []  # for each seed: {update: mean over agents}
     for seed in sorted(cells):
         n = len(agents[seed])
-        curves.append({update: np.mean(v) for update, v in cells[seed].items() if len(v) == n})
+        curves.append({u: np.mean(cell) for u, cell in cells[seed].items() if len(cell) == n})
     longest = max(curves, key=lambda curve: max(curve, default=-1), default={})
     updates = sorted(longest)
     values = [[curve[u] for u in updates] for curve in curves if curve.keys() >= longest.keys()]
-    values = np.array(values, dtype=float).reshape(len(values), len(updates))
-    return np.array(updates, dtype=int), values
+    shape = len(values), len(updates)
+    return np.array(updates, dtype=int), np.array(values, dtype=float).reshape(shape)
 
 
 # -------------------------------------------------------------------------------------- statistics
 
 
 def iqm(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Interquartile mean (2108.13264, sec. 4.3): sort, cut floor(n/4) at each end, average the rest.
+    """Interquartile mean (2108.13264, sec. 4.3): without the floor(n/4) lowest and highest values.
 
     No fractional weights, as in scipy.stats.trim_mean(values, 0.25), which rliable calls: of 4
     values, and of 7, the two extremes go; below 4 it is the mean. A nan is not trimmed away: the
@@ -287,9 +286,8 @@ def table(summary: dict) -> str:
     width = max(map(len, summary["differences"]), default=0)
     for name, d in summary["differences"].items():
         band = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
-        few = ", too narrow" if d["seeds"] < 5 else ""
-        lines.append(f"{name + ',':<{width + 1}} judge after: {band} ({d['seeds']} same-seed pairs, "
-                     f"95 % band{few})")
+        pairs = f"{d['seeds']} same-seed pairs, 95 % band{', too narrow' if d['seeds'] < 5 else ''}"
+        lines.append(f"{name + ',':<{width + 1}} judge after: {band} ({pairs})")
     return "\n".join(lines)
 
 
@@ -297,20 +295,29 @@ def table(summary: dict) -> str:
 
 
 def _styles(modes: list[str]) -> list[tuple]:
-    """(colour, line, marker) per curve: a mode's first curve has the mode's own, others take spare
-    ones, and when these are used up, one curve's colour with the line and marker of another."""
+    """(colour, line, marker) of each curve, no two alike. modes: of the curves, in their order.
+
+    A mode's first curve has the mode's own style, its later ones (of other runs) take spare ones.
+    """
     every = [*MODE_STYLES.values(), *SPARE_STYLES]
-    mixed = [(color, *every[(i + shift) % len(every)][1:])
-             for shift in range(1, len(every)) for i, (color, *_) in enumerate(every)]
-    unused = [style for mode, style in MODE_STYLES.items() if mode not in modes]
-    spare = itertools.cycle([*SPARE_STYLES, *unused, *mixed])
-    first = [mode in MODE_STYLES and mode not in modes[:i] for i, mode in enumerate(modes)]
-    return [MODE_STYLES[mode] if own else next(spare)
-            for mode, own in zip(modes, first, strict=True)]
+    before = [modes[:i].count(mode) for i, mode in enumerate(modes)]  # earlier curves of its mode
+    own = [mode in MODE_STYLES and not n for mode, n in zip(modes, before, strict=True)]
+    spare = SPARE_STYLES + [style for mode, style in MODE_STYLES.items() if mode not in modes]
+    if own.count(False) <= len(spare):
+        rest = iter(spare)
+        return [MODE_STYLES[mode] if first else next(rest)
+                for mode, first in zip(modes, own, strict=True)]
+    # Too many for a colour each: a mode keeps its colour, and each run has another line and marker.
+    order = list(dict.fromkeys([*MODE_STYLES, *modes]))
+    places = [order.index(mode) for mode in modes]
+    return [(every[place % len(every)][0], *every[(place + n) % len(every)][1:])
+            for place, n in zip(places, before, strict=True)]
 
 
 def _draw_curve(axes, rows: list[dict], mode: str, key: str, style: tuple, label: str) -> int:
-    """A mode's line in one panel, with its band, or thin lines for 2 seeds or 1 seed's agents -> S.
+    """A mode's line in one panel, with its band or thin lines for 2 seeds or for 1 seed's agents.
+
+    -> S, the number of seeds.
     """
     color, line, marker = style
     updates, values = seed_curves(rows, mode, key)  # [U], [S, U]
