@@ -6,7 +6,7 @@ In reading order
     1. modes                 MODES: what agents do with what they receive is one row of a table
     2. who hears whom        communication_matrix: W
     3. Agent                 policy, optimizer, prompts, reward, random streams of one participant
-    4. the round             exchange -> listen -> cooperate -> local PPO -> judge
+    4. the round             exchange -> listen -> cooperate -> (Agent.update) -> judge
     5. train                 the round loop
     6. main                  command line to exit code
 
@@ -17,15 +17,16 @@ ppo_core.py. Settings, files and checks are in support/ and not needed to read t
 
 Dimension key: N agents, K references, B batch, Q prompt tokens, T response tokens, V vocabulary.
 
+This is a simulation on one machine: it shows what a federation learns, not that it is secure. A
+policy can leak what it has memorised.
+
 Departures from the papers
-    D1  This is a simulation on one machine: what a federation learns, not that it is secure. A
-        policy can leak what it has memorised.
-    D2  `fedavg` averages policies only (1602.05629 averages the learner): value heads and Adam
-        moments stay local.
-    D3  `centralized` is one agent with N times the batch and the same number of updates, so the
-        same total episodes.
-    D4  The KL reference of `isolated` moves: it is the agent's own copy from the start of the
+    D1  `fedavg` averages policies only (1602.05629 averages the learner): value heads and Adam
+        moments stay local. All agents weigh alike, however much data they have.
+    D2  The KL reference of `isolated` moves: it is the agent's own copy from the start of the
         round. `classic` is PPO with a fixed one.
+    D3  `centralized`, the upper reference, is one agent with N times the batch and the same number
+        of updates, so the same total episodes.
 """
 
 import dataclasses
@@ -119,7 +120,7 @@ def communication_matrix(kind: str, n_agents: int, self_weight: float = 0.4) -> 
     if kind == "ring":
         others = (identity.roll(1, 1) + identity.roll(-1, 1)) / 2  # N = 2: one gets both halves
     if kind == "star":
-        others[1:] = identity[0]
+        others[1:] = identity[0]  # all that is not an agent's own goes to the hub
     return self_weight * identity + (1 - self_weight) * others
 
 
@@ -134,8 +135,7 @@ def matrix_of(s: Settings) -> torch.Tensor:
 
 
 class Agent:
-    """One participant. All of it is private and lives for the whole run; only `message` leaves
-    it."""
+    """One participant, private and kept for the whole run, except for what `message` gives."""
 
     def __init__(self, index: int, world: World, task: Task, settings: Settings):
         """settings: of this mode, as `arm_settings` makes them."""
@@ -153,8 +153,7 @@ class Agent:
         self.diverged: str | None = None  # where and why it was frozen
 
     def message(self) -> dict[str, torch.Tensor]:
-        """What is sent at an exchange: the policy's weights. No value head, no optimizer, no
-        data."""
+        """What is sent at an exchange: the policy's weights, and nothing of the rest."""
         return self.policy.model.state_dict()
 
     def next_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,11 +233,11 @@ def has_ended(world: World, response: torch.Tensor, mask: torch.Tensor) -> torch
 def exchange(
     agents: list[Agent], frozen: list[ppo_core.Policy], present: list[bool]
 ) -> list[str]:
-    """Every agent that takes part sends a copy of its policy, which is frozen: nothing else leaves
-    it.
+    """Every agent that takes part sends a copy of its policy, which is frozen.
 
-    frozen: N policies that are overwritten here and then left alone until the next exchange. -> for
-    each agent "", or why what it sent cannot be used: then its own policy stands there, for itself.
+    frozen: N policies that are overwritten here and then left alone until the next exchange.
+    -> a fault per agent, "" if there is none. On a fault the slot keeps the sender's own policy,
+    which then serves nobody but itself.
     """
     faults = []
     for agent, policy, here in zip(agents, frozen, present, strict=True):
@@ -345,7 +344,9 @@ def outliers(agent: Agent, peers: dict[int, ppo_core.Policy]) -> list[int]:
 def cooperate(
     agent: Agent, frozen: list[ppo_core.Policy], row: torch.Tensor
 ) -> tuple[list[ppo_core.Policy], torch.Tensor]:
-    """The agent's cooperative reference: its row [N] over the frozen policies -> (K, weights [K]).
+    """The agent's cooperative reference: its row [N] over the frozen policies.
+
+    -> (K references, weights [K]).
 
     With anchor a the row becomes (1 - a) row, with weight a on the initial policy. References of
     weight 0 are left out. Under the rule `weights` they are merged into one model here; the other
@@ -424,7 +425,10 @@ def train(
     state: what `save` was given, to go on from;  new_agent: makes agent i of N (see Agent).
     Raises FloatingPointError when every agent has diverged.
     """
-    s, row = arm_settings(world.settings, mode), MODES[mode]
+    s, mode_row = arm_settings(world.settings, mode), MODES[mode]
+    if len(task.shards) != s.agents:
+        raise ValueError(f"mode {mode} trains {s.agents} agents and the task has data for "
+                         f"{len(task.shards)}: make_task(..., pooled={mode_row.pooled})")
     matrix = matrix_of(s)  # [N, N]
     agents = [new_agent(i, world, task, s) for i in range(s.agents)]
     frozen = [world.new_policy().requires_grad_(False) for _ in agents]
@@ -436,18 +440,19 @@ def train(
         judged = judge(agents[0], task)  # all agents start from one policy
         for agent, accuracy in zip(agents, task.accuracies, strict=True):
             log(line | {"agent": agent.index, "round": 0, "update": 0} | judged
-                | {"reward_accuracy": accuracy and accuracy[0]})
+                | {"reward_accuracy": accuracy[0] if accuracy else None})
 
     for rnd in range(first, s.rounds):
         # 1. Exchange: a frozen copy of each policy leaves its owner, and nothing else.
-        present = participants(s, task.seed, rnd) if row.exchanges else [True] * s.agents
+        present = participants(s, task.seed, rnd) if mode_row.exchanges else [True] * s.agents
         faults = exchange(agents, frozen, present)
         # 2. Listen: who is absent, broken or an outlier is left out; rows of W sum to 1 again.
-        rows, missed = listen(agents, frozen, matrix, present, faults, row)
-        for agent, mixture, gap in zip(agents, rows, missed, strict=True):
+        rows, missed = listen(agents, frozen, matrix, present, faults, mode_row)
+        for agent, mixture, why_missed in zip(agents, rows, missed, strict=True):
             # 3. Cooperate: the row mixes the copies (and the anchor) into one reference.
             references, weights = cooperate(agent, frozen, mixture)
-            if row.moves:
+            # 3b. In merged and fedavg the policy itself becomes the average of weights too.
+            if mode_row.moves:
                 agent.policy.model.load_state_dict(average(frozen, mixture))
             for update in range(1, s.updates + 1):
                 # 4. Local PPO against it, on the agent's own prompts and by its own reward.
@@ -455,13 +460,13 @@ def train(
                 # 5. After the round's last update, judge it on prompts that nobody trains on.
                 judged = judge(agent, task) if update == s.updates else {}
                 log(line | {"agent": agent.index, "round": rnd + 1, "update": agent.done} | judged
-                    | metrics | {"bytes": agent.received, "missed": agent.diverged or gap})
+                    | metrics | {"bytes": agent.received, "missed": agent.diverged or why_missed})
         if all(agent.diverged for agent in agents):
             raise FloatingPointError(agents[0].diverged)
         # 6. Save all that changes: a stop loses what was done since, and no more.
         save({"round": rnd + 1, "agents": [agent.state_dict() for agent in agents],
               "fingerprint": task.fingerprint, "device": s.device})
-        fast.give_back()
+        fast.give_back()  # memory, to the system
     return agents
 
 
@@ -521,8 +526,7 @@ def execute(command: Command) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 diverged, 2 a mistake the user can mend, 130 or 143 stopped by a
-    signal."""
+    """Exit codes: 0 done, 1 diverged, 2 a mistake the user can mend, 130 or 143 by a signal."""
     try:
         with stoppable():
             execute(parse(sys.argv[1:] if argv is None else argv, MODES))

@@ -7,7 +7,8 @@ around it. The trainer of this project calls it in the same two steps:
     penalty(...)     KL of the policy to it, per token, differentiable: at every gradient step
 `generalized_kl` is one after the other. No other function knows what a rule or an estimator is.
 
-Dimension key: K references, V vocabulary, ... any leading shape (none, [T], [B, T]).
+Dimension key: K references, V vocabulary, ... any leading shape (none, [T], [B, T]); X what the
+penalty keeps of the references at a state: V numbers, K, or 1.
 Symbols: π the policy; μ_1..μ_K the references; w_1..w_K their weights, ≥ 0 with sum 1 (a row of
 the communication matrix); ρ the cooperative reference made of them; s the text so far; a the next
 token; x = log π(a|s) − log ρ(a|s).
@@ -20,8 +21,8 @@ The rules (several references: 2502.01203, 1707.04175; averaged parameters: 1602
               log Z(s); −log Z(s) ≥ 0 is the price of references that disagree. Z does not depend on
               π: as exact KL in the loss, `sum` and `geometric` have one gradient; in the reward,
               `sum` also steers away from states where the references disagree.
-  arithmetic  ρ = Σ_j w_j μ_j. Bounded excess: KL(π‖ρ) ≤ KL(π‖μ_j) − log w_j for each j. Never
-              above `sum`.
+  arithmetic  ρ = Σ_j w_j μ_j. Its penalty is bounded: KL(π‖ρ) ≤ KL(π‖μ_j) − log w_j for each j.
+              Never above `sum`.
   weights     ρ = the model with parameters Σ_j w_j θ_j (`average_weights`), the only reference.
 One reference, or K identical ones: all four are PPO's ordinary KL(π‖μ).
 
@@ -33,20 +34,21 @@ Z − 1 − log Z.) Cost: exact needs a few [..., V] buffers and has no sampling
 on one token's log-probs. K references cost K of their forwards and the memory of one at a time;
 under `weights`, one forward.
 
-Gradient: which estimator is right where (2506.09477, 2510.01555, 2512.21852). A per-token cost c
-  in the reward (detached, through returns) gives ∇E[Σ_t c_t] − E[Σ_t ∇c_t],
-  in the loss (differentiated, a ~ π held fixed) gives E[Σ_t ∇c_t]. That is the immediate term: that
-  today's token changes tomorrow's states is left out.
+Gradient: which estimator is right where (2506.09477, 2510.01555, 2512.21852). By the product rule
+∇E[Σ_t c_t] of a per-token cost c has two parts: π changes which tokens and states come, and c
+itself changes, E[Σ_t ∇c_t]. A cost in the reward (detached, through returns) gives the first part;
+a cost in the loss (differentiated, the tokens a ~ π held fixed) gives the second, the immediate
+term: that today's token changes tomorrow's states is left out.
          in the reward                                 in the loss
   k1     RIGHT: ∇ of the sequence KL, as E∇k1 = 0      wrong: E∇k1 = 0, noise without a pull
   k2     wrong: per state ∇(E[x²/2] − KL(π‖ρ)): near   RIGHT: ∇KL(π‖ρ) of each state
          ρ there is no first-order pull
-  k3     wrong: per state ∇(KL(π‖ρ) − KL(ρ‖π)): as     the other direction, ∇KL(ρ‖π) of each
-         k2, and it pays for leaving ρ's tokens        state; with `sum`, ∇KL(ρ_arithmetic‖π)
+  k3     wrong: per state ∇(KL(π‖ρ) − KL(ρ‖π)): no     the other direction, ∇KL(ρ‖π) of each
+         first-order pull near ρ either                state; with `sum`, ∇KL(ρ_arithmetic‖π)
   exact  wrong alone: KL(s_t) does not depend on a_t,  RIGHT: ∇KL(π‖ρ) of each state, no noise
          so the current token is missing
-  both   RIGHT: exact in the loss plus exact of *later* states (t' > t) in the reward is the whole ∇
-         of the sequence KL, as a rule with less variance than k1 in the reward.
+Both places at once are RIGHT too: exact in the loss plus the exact KL of *later* states (t' > t) in
+the reward is the whole ∇ of the sequence KL, as a rule with less variance than k1 in the reward.
 Later epochs, a ~ π_old: exact in the loss needs no token weight. Times π/π_old *detached*, k2 and
 k3 keep the gradients above; times π/π_old *differentiated*, k1 and k3 both give ∇KL(π‖ρ) and k2 is
 wrong.
@@ -129,6 +131,7 @@ def penalty(
     chosen = _gather(logprobs, tokens)  # [...] log π(a)
     if rule != "sum":
         return kl_sampled(chosen, reference.squeeze(-1), estimator)
+    _check_shape("reference", reference.shape[-1:], (len(weights),))
     return sum(weight * kl_sampled(chosen, column, estimator)  # Σ_j w_j k(log π(a) − log μ_j(a))
                for weight, column in zip(_check_weights(weights), reference.unbind(-1), strict=True)
                if weight > 0)
@@ -144,9 +147,13 @@ def generalized_kl(
     for all. Differentiable in logits alone.
     """
     options = {"rule": rule, "estimator": estimator, "tokens": tokens}
-    made = reference(reference_logits, weights, temperature=temperature, **options)
-    if estimator == "exact":
-        _check_shape("reference_logits", made.shape, logits.shape)
+
+    def fitting(each: Tensor) -> Tensor:
+        _check_shape("reference_logits", each.shape, logits.shape)
+        return each
+
+    # By map, which lets each reference go before it asks for the next.
+    made = reference(map(fitting, reference_logits), weights, temperature=temperature, **options)
     return penalty(_logprobs(logits, temperature), made, weights, **options)
 
 
@@ -303,7 +310,8 @@ def _gather(logprobs: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _fold(step: Callable, reference_logits: References, weights: Weights):
-    """total ← step(total, w_j, logits_j) over the references with w_j > 0, one at a time."""
+    """total ← step(total, w_j, logits_j) over the references with w_j > 0, one at a time in
+    memory."""
     weights = _check_weights(weights)
     references, end, total, shape = iter(reference_logits), object(), None, None
     for weight in weights:

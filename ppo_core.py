@@ -1,18 +1,19 @@
 """PPO for one language-model agent, written by hand in plain torch. Knows nothing of federation.
 
-In reading order, as an update happens
+In reading order
     1. masked arithmetic   masked_mean, masked_std, whiten
     2. the algorithm       gae, policy_loss, value_loss: tensors and floats in, tensors out
     3. the policy          Policy: a causal LM with a value head, and a mask of ids without token
     4. sampling            sample_inverse_cdf, generate
-    5. one rollout         evaluate, collect -> Rollout
-    6. one update          penalised_rewards, ppo_loss, optimise
+    5. one rollout         PENALTIES, evaluate, kl_per_token, collect -> Rollout
+    6. one update          penalised_rewards, ppo_loss, optimise, gradient
 
 Gradients are autograd's own. support/fast.py has faster forms of Policy and generate with the same
 results to rounding; nothing here knows of them.
 
 Dimension key: B rows, b rows of a micro-batch, Q prompt tokens (left-padded), T response tokens
-(right-padded), V vocabulary, K references, X what the penalty keeps of them (see kl.reference).
+(right-padded), L positions, D hidden size, V vocabulary, K references, X what the penalty keeps of
+them (see kl.reference).
 State t is the prompt and the response before token t: its logits, its value and its KL all come
 from sequence position Q-1+t, so one slice, [:, Q-1:-1], serves the three. Means are over valid
 tokens: mask 1, up to and with EOS.
@@ -22,10 +23,13 @@ missing_eos_penalty, rule, penalty, epochs, minibatches, micro_batch and clip.
 
 Departures from the papers and from common implementations
     D1  The KL penalty is by default a term of the loss, exact over the vocabulary, and not part of
-        the reward (1909.08593 puts k1 in the reward; that is the penalty "k1-in-reward").
+        the reward (1909.08593 puts k1 in the reward; that is the penalty "k1-in-reward"). So it is
+        the immediate term alone: that a token changes later states is left out ("both" adds it).
     D2  Its coefficient is beta / sigma_A, sigma_A being the standard deviation that whitened the
-        advantages: so beta is the exchange rate in E[R] - beta KL whatever the advantages' scale.
-    D3  Advantages are whitened once over the rollout, not per minibatch; the variance is biased.
+        advantages. A / sigma_A and beta KL / sigma_A are on one scale, so beta is the exchange rate
+        in E[R] - beta KL whatever the scale of the advantages.
+    D3  Advantages are whitened once over the rollout, not per minibatch; the variance is divided by
+        n, not n - 1. There is no entropy bonus (1707.06347, eq. 9, has one).
     D4  Old log-probs are recomputed by the training forward, not taken from the sampler's cache, so
         that the ratio of the first minibatch is 1.
 """
@@ -39,11 +43,12 @@ from torch import Tensor, nn
 
 import kl
 
-# What no preset changes. Discount per token, and lambda of GAE (1506.02438): 1909.08593's values.
-GAMMA, LAMBDA = 1.0, 0.95
-VALUE_COEF = 0.1  # c_v, weight of the value loss (1909.08593)
-MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped here
-ADAM = {"betas": (0.9, 0.99), "eps": 1e-5}  # eps: OpenAI's PPO code, for gradients as small as RL's
+# What no preset changes. gamma, lambda and c_v are those of OpenAI's lm-human-preferences (the code
+# of 1909.08593), eps that of OpenAI baselines' PPO; the other two were not tuned.
+GAMMA, LAMBDA = 1.0, 0.95  # discount per token, and lambda of GAE
+VALUE_COEF = 0.1  # c_v, weight of the value loss
+MAX_GRAD_NORM = 1.0  # a longer gradient is scaled down to this norm
+ADAM = {"betas": (0.9, 0.99), "eps": 1e-5}
 
 # ------------------------------------------------------------------------------- masked arithmetic
 
@@ -78,19 +83,21 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (1506.02438, eq. 16); the response is a whole episode.
+    """Generalized advantage estimation; the response is a whole episode.
 
+    1506.02438, eq. 16: A_t = sum_l (gamma lam)^l delta_(t+l); the loop is its recursion.
     rewards, values, mask: [B, T], mask 1 up to and with the last token -> (advantages [B, T],
     returns [B, T]), both 0 where mask is 0. V after the last valid token is 0. Advantages are not
     whitened; returns = advantages + values.
     """
-    valid, mask = mask.bool(), mask.to(values.dtype)
+    valid = mask.bool()
     rewards, values = torch.where(valid, rewards, 0), torch.where(valid, values, 0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # V = 0 after the end
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]  # r_t + gamma V(s_t+1) - V(s_t)
-        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        # delta_t = reward_t + gamma V(s_(t+1)) - V(s_t)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, advantages + values
@@ -105,7 +112,7 @@ def policy_loss(
     gradient. Where mask is 0 log-probs must be finite (`evaluate` fills them): the loss leaves them
     out, but 0 times inf spoils a gradient.
     """
-    ratio = (logprobs - old_logprobs).exp()  # r_t = pi(a_t|s_t) / pi_old(a_t|s_t)
+    ratio = (logprobs - old_logprobs).exp()  # pi(a_t|s_t) / pi_old(a_t|s_t)
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = masked_mean(torch.maximum(unclipped, clipped), mask)
@@ -170,8 +177,10 @@ class Policy(nn.Module):
         return torch.autocast(self.forbidden.device.type, self.dtype, enabled=enabled)
 
     def masked(self, logits: Tensor) -> Tensor:
-        """logits [..., V] with -inf at the forbidden ids, in place, as their gradient is 0
-        anyway."""
+        """logits [..., V], set to -inf at the forbidden ids: in place and unseen by autograd.
+
+        A softmax gives -inf the gradient 0 anyway.
+        """
         logits.detach().index_fill_(-1, self.forbidden_ids, -torch.inf)
         return logits
 
@@ -183,8 +192,7 @@ class Policy(nn.Module):
         return output
 
     def states(self, ids: Tensor, mask: Tensor, kept: slice) -> Tensor:
-        """ids, mask [B, L] -> the trunk's last hidden states at the positions `kept`, [B, kept,
-        D]."""
+        """ids, mask [B, L] -> the trunk's last hidden states at positions `kept`, [B, kept, D]."""
         trunk = self.model.base_model
         output = trunk(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
                        use_cache=False)
@@ -220,8 +228,8 @@ def sample_inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     """One draw per row: the first id whose cumulative probability exceeds u.
 
     probs [B, V], u [B] in [0, 1) -> [B]. In float32 the cdf can end below 1, so u is scaled by its
-    last entry. Searching to the right keeps u = 0 from an id of probability 0, and the minimum
-    keeps a u rounded up to the end from one behind the last possible id. On a GPU cumsum is a
+    last entry. Searching to the right keeps u = 0 from an id of probability 0; where u rounds up to
+    the last entry, the minimum takes the last id of a probability above 0. On a GPU cumsum is a
     parallel sum that need not be monotone, so about one draw in 10^8 could still be of probability
     0: it becomes the likeliest id.
     """
@@ -309,8 +317,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Penalty:
-    """By which estimator KL is charged, and where: the table of kl.py says why no others are
-    here."""
+    """KL's estimator, and whether it is charged in the loss or the reward (table: kl.py)."""
 
     estimator: str
     in_loss: bool
@@ -342,7 +349,7 @@ class Rollout:
     kl: Tensor  # [B, T] the penalty at pi_old, by the estimator that is trained on
     kl_initial: Tensor  # [B, T] exact KL(pi_old || initial policy)
     entropy: Tensor  # [B, T] of pi_old(.|s_t)
-    scores: Tensor  # [B] reward of the whole response, without the KL penalty
+    scores: Tensor  # [B] the reward, minus the missing-EOS penalty, without the KL penalty
 
     @property
     def prompt_length(self) -> int:
@@ -386,17 +393,17 @@ def by_rows(function: Callable, *tensors: Tensor) -> Tensor:
     return torch.cat([function(*part) for part in parts])
 
 
-def charge(
+def kl_per_token(
     all_logprobs: Tensor, reference: Tensor, response: Tensor, weights: Tensor, settings
 ) -> Tensor:
     """kl.penalty by the settings' rule and estimator: [b, T, V], [b, T, X], [b, T] -> [b, T]."""
     estimator = PENALTIES[settings.penalty].estimator
 
-    def penalty(logprobs: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
+    def of_rows(logprobs: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
         return kl.penalty(logprobs, reference, weights, rule=settings.rule, estimator=estimator,
                           tokens=tokens)
 
-    return by_rows(penalty, all_logprobs, reference, response)
+    return by_rows(of_rows, all_logprobs, reference, response)
 
 
 @torch.no_grad()
@@ -427,15 +434,15 @@ def collect(
     for rows in torch.arange(len(ids), device=ids.device).split(settings.micro_batch):
         part = ids[rows], attention[rows], response[rows], mask[rows]
         logprobs, all_logprobs, values = evaluate(policy, *part, settings.temperature)
-        logits = (reference.response_forward(*part[:2], prompt_ids.shape[1])[0]
-                  for reference in references)  # a generator: one reference's logits in memory
+        logits = (model.response_forward(*part[:2], prompt_ids.shape[1])[0]
+                  for model in references)  # a generator: one reference's logits in memory
         reference = kl.reference(logits, weights, rule=settings.rule, estimator=estimator,
                                  tokens=part[2], temperature=settings.temperature)  # [b, T, X]
-        penalty = charge(all_logprobs, reference, part[2], weights, settings)  # [b, T]
+        kl_tokens = kl_per_token(all_logprobs, reference, part[2], weights, settings)  # [b, T]
         initial_logprobs = evaluate(initial, *part, settings.temperature)[1]
         kl_initial = by_rows(kl.kl_exact, all_logprobs, initial_logprobs)
         uncertainty = by_rows(entropy, all_logprobs)
-        parts.append((logprobs, values, reference, penalty, kl_initial, uncertainty))
+        parts.append((logprobs, values, reference, kl_tokens, kl_initial, uncertainty))
     columns = map(torch.cat, zip(*parts, strict=True))
     return Rollout(ids, attention, response, mask, *columns, scores)
 
@@ -454,7 +461,7 @@ def penalised_rewards(
     last = mask.sum(1).long() - 1  # valid tokens are the first ones of a row
     rewards = torch.zeros_like(kl_tokens)
     rewards[torch.arange(len(scores), device=scores.device), last] = scores
-    if penalty.in_reward is not None:
+    if penalty.in_reward is not None:  # the KL penalty is charged here ...
         later = kl_tokens[:, penalty.in_reward:]  # of the state that token t pays for
         rewards[:, :later.shape[1]] -= beta * later
     return rewards
@@ -463,7 +470,9 @@ def penalised_rewards(
 def ppo_loss(
     policy: Policy, batch: dict[str, Tensor], weights: Tensor, beta: float, sigma: Tensor, settings
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = E_t[max(-r A, -clip(r) A)] + c_v L_value + (beta / sigma_A) E_t[KL_t], on b rows.
+    """The loss of b rows, 1707.06347's eq. 9 without entropy and with KL in its place:
+
+    L = E_t[max(-ratio A, -clip(ratio) A)] + c_v L_value + (beta / sigma_A) E_t[KL_t].
 
     batch: the tensors of a Rollout for b rows, with advantages and returns [b, T]; weights [K];
     sigma: sigma_A, a scalar -> (loss, metrics), all scalars.
@@ -480,7 +489,8 @@ def ppo_loss(
     log_ratio = (logprobs - old_logprobs).detach()
     penalty = PENALTIES[settings.penalty]
     if penalty.in_loss:
-        kl_tokens = charge(all_logprobs, batch["reference"], response, weights, settings)  # [b, T]
+        # ... and here. [b, T]
+        kl_tokens = kl_per_token(all_logprobs, batch["reference"], response, weights, settings)
         if penalty.estimator != "exact":
             # Tokens come from pi_old: the detached weight pi / pi_old keeps E grad k2 = grad KL.
             kl_tokens = log_ratio.exp() * kl_tokens

@@ -11,7 +11,7 @@ to 1e-5, or the exit code is 1.
 
 Simpler than fedppo.py: prompts of one length, so none is padded on the left; no id is forbidden;
 two epochs of one minibatch, the whole batch; a critic that starts from random numbers; and as
-reward tiny/judge.py, the true score, of which an agent has but a model fitted to preferences.
+reward tiny/judge.py, the true score; agents see only a reward model fitted to preferences.
 
 Dimension key: B responses, Q prompt tokens, T response tokens (right-padded), V vocabulary.
 State t is the prompt and the response before token t. Sources: PPO 1707.06347, GAE 1506.02438,
@@ -73,10 +73,10 @@ def read(policy: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def agents(tokenizer) -> tuple[nn.Module, nn.Module, list[str]]:
-    """Step 0 -> policy of agent 0, frozen policy of agent 1, B prompts of agent 0."""
+    """Step 0 -> policy of agent 0, policy of agent 1, B prompts of agent 0."""
     policy = AutoModelForCausalLM.from_pretrained(TINY / "model").eval()
     policy.value_head = nn.Linear(policy.config.hidden_size, 1)  # the critic, on the actor's trunk
-    nn.init.normal_(policy.value_head.weight, std=0.03)  # small guesses; in fedppo.py it says 0
+    nn.init.normal_(policy.value_head.weight, std=0.03)  # small guesses; Policy starts at 0
     rows = map(json.loads, (TINY / "data/hotel.jsonl").read_text().splitlines())
     pairs = [(row["prompt"], row["chosen"][1]["content"]) for row in rows]
     texts = [f"{a} {b}" for a, b in pairs if judge.score([a], [b], [True])[0] > 1]
@@ -191,16 +191,18 @@ def update(policy: nn.Module, r: SimpleNamespace) -> list[SimpleNamespace]:
                        f"{r.sigma:.3f} * {x.mean_kl:.4f} = {x.loss:.4f}")
     first, second, after = *history, loss_of(policy, r)
     say("5 FIRST GRADIENT STEP", "Loss = policy loss + c_v * value loss + beta / sigma_A * KL",
-        numbers[0], f"""pi is still pi_old: each ratio is 1, and the policy loss, minus the mean of
-        whitened A, is zero. Its gradient is not: a step against it raises log pi where A > 0. The
-        value loss is half the mean of (V - return)^2. The gradient of it all has norm
+        numbers[0], f"""pi is still pi_old: each ratio is 1, and the policy loss, which is
+        minus the mean of whitened A, is zero. Its gradient is not: a step against it raises log pi
+        where A > 0. The
+        value loss is half the mean of (V - return)^2, or of the same with V clipped where that is
+        larger (in step 6). The gradient of it all has norm
         {first.grad_norm:.3f}, is cut to {MAX_NORM} where longer, and Adam steps.""")
     stopped = ((second.clipped > second.plain) & (r.mask == 1)).sum()
     say("6 SECOND GRADIENT STEP, on the same responses", f"Loss {numbers[1]}", f"""ratio = pi /
         pi_old = exp(log pi - log pi_old) is no longer 1. The larger of -ratio A and
         -clip(ratio) A counts (1707.06347, eq. 7, negated). Where that is the clipped
         one, the ratio has gone where A asks it to and left {1 - CLIP} to {1 + CLIP}: the policy
-        loss drives it no further. So it is at {stopped} of {r.mask.sum()} tokens. The
+        loss drives it no further. This happens at {stopped} of {r.mask.sum()} tokens. The
         gradient's norm is {second.grad_norm:.3f}.""")
     table(r, {"whitened A": r.whitened, "ratio": second.ratio, "-ratio A": second.plain,
               "-clip A": second.clipped, "counts": second.larger})
@@ -216,8 +218,9 @@ def update(policy: nn.Module, r: SimpleNamespace) -> list[SimpleNamespace]:
 
 def compare(start: nn.Module, peer: nn.Module, policy: nn.Module, r, history) -> int:
     """Step 8: the same update by ppo_core.py, which calls kl.py -> exit code."""
-    ids = torch.zeros(start.config.vocab_size, dtype=torch.bool)  # True: forbidden
-    theirs, own, other = (ppo_core.Policy(copy.deepcopy(m), ids) for m in (start, start, peer))
+    forbidden = torch.zeros(start.config.vocab_size, dtype=torch.bool)  # none is
+    models = (start, start, peer)
+    theirs, own, other = (ppo_core.Policy(copy.deepcopy(m), forbidden) for m in models)
     theirs.value_head = theirs.model.value_head
     s = SimpleNamespace(response_length=T, temperature=1.0, missing_eos_penalty=0, rule="geometric",
                         penalty="exact-in-loss", epochs=2, minibatches=1, micro_batch=B, clip=CLIP)
@@ -239,7 +242,7 @@ def compare(start: nn.Module, peer: nn.Module, policy: nn.Module, r, history) ->
         "return (gae)": (r.returns, gae[1]), "whitened A (whiten)": (r.whitened, white),
         "policy loss, step 2 (policy_loss)": (second.policy_loss, pg),
         "value loss, step 2 (value_loss)": (second.value_loss, vf),
-        "gradient's norm, mean (optimise)": (
+        "gradient norm, mean (optimise)": (
             (first.grad_norm + second.grad_norm) / 2, torch.tensor(found["grad_norm"])),
         "parameters after (optimise)": tuple(
             torch.cat([p.flatten() for p in m.parameters()]) for m in (policy, theirs))}

@@ -57,7 +57,7 @@ class World:
         return scorer
 
     def new_policy(self) -> ppo_core.Policy:
-        """A policy of its own with the initial weights."""
+        """A policy of its own with the initial weights (ppo_core.Policy or its faster form)."""
         model = copy.deepcopy(self.model).requires_grad_(True)
         return fast.policy(model, self.forbidden, self.initial.dtype)
 
@@ -67,8 +67,7 @@ class World:
         return data.pad(ids, self.pad_id, "left", self.device)
 
     def respond(self, prompts: list[str], policy, stream: torch.Generator) -> list[tuple]:
-        """A policy's responses, in batches of 64 -> [(prompt_ids, prompt_mask, response_ids,
-        mask)]."""
+        """A policy's responses in batches of 64 -> [(prompt_ids, prompt_mask, response, mask)]."""
         s, sampled = self.settings, []
         for start in range(0, len(prompts), 64):
             ids, mask = self.padded(prompts[start:start + 64])
@@ -105,8 +104,7 @@ class World:
 
 @dataclass(frozen=True)
 class Task:
-    """What one seed gives its agents: agent i owns shards[i] and scorers[i]; the rest is held
-    out."""
+    """What one seed gives: agent i owns shards[i] and scorers[i]; the rest is held out."""
 
     seed: int
     shards: list[data.Shard]

@@ -113,8 +113,7 @@ def causal_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def neox_rotation(trunk: nn.Module, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """mask [B, L] -> cos, sin [B, L, 1, 1, R] of the turned features; sin has rotate_half's
-    sign."""
+    """mask [B, L] -> cos, sin [B, L, 1, 1, R]; sin has rotate_half's sign in it."""
     positions = ppo_core.position_ids(mask)
     cos, sin = (x[:, :, None, None] for x in trunk.rotary_emb(trunk.embed_in.weight, positions))
     first, second = sin.chunk(2, -1)
@@ -369,8 +368,7 @@ class StaticDecoder:
         self.at.add_(1)
 
     def logits(self, tokens: Tensor, at: Tensor, bias: Tensor) -> Tensor:
-        """tokens [B, n] at positions `at` [n], bias [B, 1, n, E] -> logits [B, V] after the
-        last."""
+        """tokens [B, n] at `at` [n], bias [B, 1, n, E] -> logits [B, V] after the last."""
         enabled = self.dtype != torch.float32
         with torch.autocast(tokens.device.type, self.dtype, enabled=enabled):
             cos, sin = self.cos.index_select(1, at), self.sin.index_select(1, at)

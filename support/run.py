@@ -95,14 +95,18 @@ class Run:
         self.resumed = bool(command.resume)
         self.folder = Path(command.resume) if command.resume else new_folder(s)
         config = self.folder / "config.json"
-        if not self.resumed:
-            write_text(config, json.dumps(describe(s, command.reason, matrix), indent=2) + "\n")
-        self.lock = lock(config)
-        if self.resumed:
-            if json.loads(config.read_text()).get("matrix") != matrix:
-                raise UserError(f"--resume {self.folder}: {s.topology} is no longer the matrix "
-                                "that the run was started with")
-            self.go_back()
+        try:
+            if not self.resumed:
+                content = describe(s, command.reason, matrix)
+                write_text(config, json.dumps(content, indent=2) + "\n")
+            self.lock = lock(config)
+            if self.resumed:
+                if json.loads(config.read_text()).get("matrix") != matrix:
+                    raise UserError(f"--resume {self.folder}: {s.topology} is no longer the matrix "
+                                    "that the run was started with")
+                self.go_back()
+        except OSError as error:
+            raise self.no_room(error) from None
         self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         updates = sum(agents[mode] for mode in s.mode) * len(s.seeds) * s.rounds * s.updates
         done = sum(row["update"] > 0 for row in self.rows)
@@ -129,10 +133,15 @@ class Run:
             last = self.rows[-1]
             raise FloatingPointError(f"{last['mode']}, seed {last['seed']}, {error} (metrics so "
                                      f"far: {self.folder})") from None
-        elif isinstance(error, OSError):  # a full disk, as a rule
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            raise UserError(f"{error.filename or self.folder}: {error.strerror or error}; "
-                            f"{'make room and ' if full else ''}continue with {again}") from None
+        elif isinstance(error, OSError):
+            raise self.no_room(error) from None
+
+    def no_room(self, error: OSError) -> UserError:
+        """A file that cannot be written, because the disk is full as a rule, in one line."""
+        again = shlex.join(to_resume(self.settings, self.folder))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return UserError(f"{error.filename or self.folder}: {error.strerror or error}; "
+                         f"{'make room and ' if full else ''}continue with {again}")
 
     def log(self, row: dict) -> None:
         """Append one line; what was not measured at this update is null."""
@@ -180,8 +189,7 @@ class Run:
             self.checkpoint(seed, mode, state)
 
     def checkpoint(self, seed: int, mode: str, state: dict | None) -> None:
-        """All that is needed to go on from here. state: fedppo.train's; None: the arm is
-        finished."""
+        """All that is needed to go on. state: fedppo.train's; None: the arm is finished."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
         if size > LARGE and "size" not in self.said:
             self.said.add("size")
@@ -322,8 +330,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """Give a complete file its name; both are on the disk when this returns, whatever happens
-    next."""
+    """Give a complete file its name; both are on the disk when this returns."""
     sync(temporary)
     os.replace(temporary, path)
     if os.name == "posix":  # elsewhere a folder cannot be opened

@@ -202,7 +202,10 @@ def parse(argv: list[str], modes: dict) -> Command:
             reason += ("; the tiny world's judge does not know this dataset, so a held-out reward "
                        "model judges")
         settings = decided(settings)
-    check(settings, modes)
+    try:
+        check(settings, modes)
+    except (TypeError, KeyError) as error:  # values that no command line gives
+        raise UserError(f"--resume {resume}: its config.json is damaged ({error})") from None
     return Command(settings, reason, resume, check_only)
 
 
@@ -346,6 +349,8 @@ def resumed(folder: str, given: dict) -> tuple[Settings, str]:
         config = json.loads((Path(folder) / "config.json").read_text())
         values = {name: tuple(value) if isinstance(value, list) else value
                   for name, value in config["settings"].items()}
+        if values.keys() != FIELDS.keys():
+            raise ValueError("it has other settings")
         settings = Settings(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {folder}: no readable config.json of a run of this version "
@@ -365,11 +370,7 @@ def resumed(folder: str, given: dict) -> tuple[Settings, str]:
                             f"{values[name]}; a folder is not trusted to name code, so give the "
                             "flag again")
     moved = {name: given[name] for name in MOVABLE if name in given}
-    try:
-        settings = decided(dataclasses.replace(settings, **moved))
-    except TypeError as error:
-        raise UserError(f"--resume {folder}: its config.json is damaged ({error})") from None
-    return settings, "from the resumed run"
+    return decided(dataclasses.replace(settings, **moved)), "from the resumed run"
 
 
 def to_resume(s: Settings, folder: Path | str) -> list[str]:

@@ -38,7 +38,7 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------- judge
+# -------------------------------------------------------------------------------------------- judge
 
 ONE, TWO, FOUR = 0.693176, 1.142391, 1.446041  # 1.5 * tanh(S / 2) for S = 1, 2, 4
 VIVID, VIVID4 = 0.462117, 0.964028  # tanh(D / 2) for D = 1, 4
@@ -54,14 +54,15 @@ CASES = [  # prompt, response, ended, gold
     ("the soup was", "very tasty and golden .", True, ONE + VIVID),
     ("the tasty soup was", "large .", True, 0.0),  # the prompt's own words earn nothing
     # saturation: four positive and four vivid words, which fit into 16 words, come near 1.5 + 1
-    ("the soup was", "great and good and lovely and tasty and golden and smoky and crunchy and buttery .",
-     True, FOUR + VIVID4),
-    # repeats: each later use of a noun or an adjective; the sentiment counts once, function words are free
+    ("the soup was", "great and good and lovely and tasty and golden and smoky and crunchy and "
+     "buttery .", True, FOUR + VIVID4),
+    # repeats: each later use of a noun or an adjective; the sentiment counts once, function words
+    # are free
     ("the soup was", "tasty and tasty .", True, ONE - 0.3),
     ("the soup was", "tasty and tasty and tasty .", True, ONE - 0.6),
     ("the soup was", "large . the bread was small . the bread was new .", True, -0.3),
     ("the soup was", "very large and very small and very new .", True, 0.0),
-    ("the soup was", "large . the soup was small .", True, 0.0),  # the prompt's noun is not the response's
+    ("the soup was", "large . the soup was small .", True, 0.0),  # the prompt's noun does not count
     # word order: inside the response, at the junction, at the end
     ("the soup was", "very tasty great .", True, TWO - 0.5),  # ADJ ADJ
     ("the soup was", "tasty the .", True, ONE - 1.0),  # ADJ DET, DET STOP
@@ -109,9 +110,8 @@ def test_lexicon_is_a_world_of_eight_equal_topics():
     for topic in judge.TOPICS:
         own = [entry for entry in entries if entry.topic == topic]
         assert [entry.kind for entry in own].count("NOUN") == 6
-        assert sorted((entry.sentiment, entry.vivid) for entry in own if entry.kind == "ADJ") == sorted(
-            [(1, 0)] * 2 + [(-1, 0)] * 2 + [(0, 1)] * 4
-        )
+        adjectives = [(entry.sentiment, entry.vivid) for entry in own if entry.kind == "ADJ"]
+        assert sorted(adjectives) == [(-1, 0)] * 2 + [(0, 1)] * 4 + [(1, 0)] * 2
     assert sum(entry.sentiment for entry in entries) == 0
     assert all(entry.kind == "ADJ" for entry in entries if entry.sentiment or entry.vivid)
     assert all(word == word.strip().lower() and " " not in word for word in judge.LEXICON)
@@ -124,7 +124,7 @@ def test_judge_loads_alone_from_its_path():
     assert module.score(["the soup was"], ["tasty ."], [True]) == [1.5 * tanh(0.5)]
 
 
-# -------------------------------------------------------------------------------------------------- grammar
+# ------------------------------------------------------------------------------------------ grammar
 
 
 def test_grammar_breaks_no_rule_of_the_judge():
@@ -135,7 +135,7 @@ def test_grammar_breaks_no_rule_of_the_judge():
             first, rest = text.split(maxsplit=1)
             assert first in judge.OTHER_WORDS["DET"].split() and judge.topic_of(text) == topic
             assert judge.illegal_pairs(first, rest, True) == 0
-            assert judge.terms(text, text, True)["off_topic"] == 0  # as if it were the response to itself
+            assert judge.terms(text, text, True)["off_topic"] == 0  # as if in response to itself
 
 
 def test_grammar_writes_both_moods_and_both_styles():
@@ -144,7 +144,8 @@ def test_grammar_writes_both_moods_and_both_styles():
     entries = [[judge.LEXICON[word] for word in text.split()] for text in texts]
     sentiment = [sum(entry.sentiment for entry in text) for text in entries]
     vivid = [sum(entry.vivid for entry in text) for text in entries]
-    assert min(sentiment) <= -4 and max(sentiment) >= 4 and abs(sum(sentiment)) < 0.2 * len(sentiment)
+    assert min(sentiment) <= -4 and max(sentiment) >= 4
+    assert abs(sum(sentiment)) < 0.2 * len(sentiment)
     assert min(vivid) == 0 and max(vivid) >= 4
     assert {word for text in texts for word in text.split()} == set(judge.LEXICON)
 
@@ -159,7 +160,7 @@ def test_grammar_and_prompts_reproduce():
     assert prompts == make.write_prompts(random.Random(3), "film", 50) and len(set(prompts)) == 50
 
 
-# ----------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 def test_one_file_per_topic():
@@ -174,7 +175,8 @@ def test_rows(path):
     for row in rows:
         assert list(row) == ["prompt", "chosen", "rejected"]
         words = row["prompt"].split()
-        assert 3 <= len(words) <= 6 and words[-1] != "." and judge.topic_of(row["prompt"]) == path.stem
+        assert 3 <= len(words) <= 6 and words[-1] != "."
+        assert judge.topic_of(row["prompt"]) == path.stem
         for side in ("chosen", "rejected"):
             user, assistant = row[side]
             assert user == {"role": "user", "content": row["prompt"]}
@@ -188,32 +190,35 @@ def test_prompts_are_those_that_the_script_writes():
     for path in FILES:
         rng = random.Random(f"{make.SEED} {path.stem}")
         left = iter(make.write_prompts(rng, path.stem, make.ROWS + make.ROWS // 10))
-        assert all(row["prompt"] in left for row in rows_of(path))  # some are left out, the order stays
+        # Some are left out, the order stays.
+        assert all(row["prompt"] in left for row in rows_of(path))
 
 
 def test_labels_follow_the_gold_score_with_noise():
     golds = []
     for row in (row for path in FILES for row in rows_of(path)):
         texts = [row[side][1]["content"] for side in ("chosen", "rejected")]
-        golds.append(judge.score([row["prompt"]] * 2, texts, [make.has_ended(text) for text in texts]))
+        ended = [make.has_ended(text) for text in texts]
+        golds.append(judge.score([row["prompt"]] * 2, texts, ended))
     differences = torch.tensor(golds).diff(dim=1).squeeze(1).neg()  # chosen minus rejected
     # Bradley-Terry: the chosen one is the better one with probability sigmoid(3 |difference|)
     expected = torch.sigmoid(make.LABEL_SCALE * differences.abs())
-    error = ((differences > 0).float() + 0.5 * (differences == 0).float() - expected).mean().item()
+    observed = (differences > 0).float() + 0.5 * (differences == 0).float()
+    error = (observed - expected).mean().item()
     assert abs(error) < 0.02  # 4,800 pairs: four standard errors
     assert 0.05 < (differences < 0).float().mean() < 0.2
 
 
 def test_initial_policy_leaves_room_above_it():
     samples = [(row["prompt"], row[side][1]["content"])
-               for path in FILES for row in rows_of(path) for side in ("chosen", "rejected")]  # fmt: skip
+               for path in FILES for row in rows_of(path) for side in ("chosen", "rejected")]
     ended = [make.has_ended(response) for _, response in samples]
     gold = torch.tensor(judge.score(*map(list, zip(*samples, strict=True)), ended))
     assert 0.0 < gold.mean() < 0.4 and gold.std() > 0.8 and gold.max() > 2.2
     assert 0.85 < sum(ended) / len(ended) < 0.97
 
 
-# --------------------------------------------------------------------------------------- tokenizer and model
+# ------------------------------------------------------------------------------ tokenizer and model
 
 
 def test_special_tokens_stand_where_pythia_has_them(tokenizer, model):
@@ -232,7 +237,8 @@ def test_tokenizer_holds_every_word_and_round_trips(tokenizer):
         assert tokenizer.unk_token_id not in {token for row in ids for token in row}
         assert [len(row) for row in ids] == [len(text.split()) for text in texts]
         assert [text.strip() for text in tokenizer.batch_decode(ids)] == texts
-        assert tokenizer.decode(ids[0][:2]) + tokenizer.decode(ids[0][2:]) == tokenizer.decode(ids[0])
+        halves = tokenizer.decode(ids[0][:2]), tokenizer.decode(ids[0][2:])
+        assert "".join(halves) == tokenizer.decode(ids[0])
     assert tokenizer("xylophone")["input_ids"] == [tokenizer.unk_token_id]
 
 
@@ -241,7 +247,8 @@ def test_model_is_small_float32_and_has_rows_without_a_token(tokenizer, model):
     assert weights.stat().st_size < 4_000_000
     assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}
     rows = model.get_input_embeddings().weight.shape[0]
-    assert rows > len(tokenizer) and rows % 16 == 0 and model.get_output_embeddings().weight.shape[0] == rows
+    assert rows > len(tokenizer) and rows % 16 == 0
+    assert model.get_output_embeddings().weight.shape[0] == rows
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     assert (model.config.attention_dropout, model.config.hidden_dropout) == (0.0, 0.0)
     assert (model.config.model_type, model.config.use_parallel_residual) == ("gpt_neox", True)
@@ -262,7 +269,7 @@ def test_model_works_in_a_pipeline():
     assert text.startswith("the soup was ") and set(text.split()) <= set(judge.LEXICON)
 
 
-# -------------------------------------------------------------------------------------- the script as a whole
+# ---------------------------------------------------------------------------- the script as a whole
 
 
 def test_script_writes_the_same_bytes_twice(tmp_path, monkeypatch, capsys):
@@ -275,7 +282,8 @@ def test_script_writes_the_same_bytes_twice(tmp_path, monkeypatch, capsys):
     finally:  # the script sets these for the whole process
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    first, second = tmp_path / "a", tmp_path / "b"
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert len(files) >= 2 + 4
-    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    assert all((first / file).read_bytes() == (second / file).read_bytes() for file in files)
     assert "gold, mean" in capsys.readouterr().out

@@ -5,16 +5,17 @@ In reading order:
   2. word order  which class of word may follow which
   3. score       six terms, each counted in a line or two, and their sum
 
-make.py writes its reviews with this lexicon and draws its preference labels from this score. Policies and
-reward models see neither: the judge is what a reader measures them with, `--judge tiny/judge.py:score`.
-Pure Python, and it imports nothing of the project, so that it can be loaded alone from its path.
+make.py writes its reviews with this lexicon and draws its preference labels from this score.
+Policies and reward models see neither: the judge is what a reader measures them with, `--judge
+tiny/judge.py:score`. Pure Python, and it imports nothing of the project, so that it can be loaded
+alone from its path.
 """
 
 from itertools import pairwise
 from math import tanh
 from typing import NamedTuple
 
-# ------------------------------------------------------------------------------------------------ 1. lexicon
+# --------------------------------------------------------------------------------------- 1. lexicon
 
 
 class Word(NamedTuple):
@@ -41,19 +42,20 @@ TOPIC_WORDS = {  # per topic: its nouns; its positive, negative and vivid adject
               "fast sturdy", "fragile outdated", "glowing metallic humming glossy"),
     "trip": ("trip hike cruise safari voyage tour",
              "scenic relaxing", "exhausting delayed", "salty sunbaked moonlit snowy"),
-}  # fmt: skip
+}
 TOPICS = tuple(TOPIC_WORDS)
 
 SHARED_ADJECTIVES = {  # sentiment: adjectives that fit every topic
     +1: "great good lovely wonderful excellent charming",
     -1: "bad awful poor terrible dreadful boring",
-    0: "new old large small typical familiar modern recent usual common standard regular simple ordinary",
+    0: "new old large small typical familiar modern recent usual common standard regular simple "
+       "ordinary",
 }
 
 OTHER_WORDS = {  # word class: words without topic, sentiment or vividness
     "DET": "the this that our my their his her",
     "PRON": "it",
-    "COP": "was is seemed felt looked remained stayed appeared became",  # joins a noun and an adjective
+    "COP": "was is seemed felt looked remained stayed appeared became",  # joins noun and adjective
     "ADV": "very really quite rather truly fairly always often mostly rarely never",
     "CONJ": "and but yet",
     "PREP": "with near beside behind above",
@@ -86,7 +88,7 @@ def entry_of(word: str) -> Word:
     return LEXICON.get(word, UNKNOWN)
 
 
-# --------------------------------------------------------------------------------------------- 2. word order
+# ------------------------------------------------------------------------------------ 2. word order
 
 FOLLOWS = {  # word class: the classes that may come next; END is the end of the text
     "DET": {"ADJ", "NOUN"},
@@ -101,24 +103,27 @@ FOLLOWS = {  # word class: the classes that may come next; END is the end of the
     "UNKNOWN": set(),
 }
 
-# -------------------------------------------------------------------------------------------------- 3. score
+# ----------------------------------------------------------------------------------------- 3. score
 
 
 def topic_of(prompt: str) -> str | None:
-    """The topic of the prompt's first noun. None without a noun: then every topical word is off-topic."""
-    return next((LEXICON[word].topic for word in prompt.split() if entry_of(word).kind == "NOUN"), None)
+    """The topic of the prompt's first noun; without one, None: every topical word is off-topic."""
+    nouns = (word for word in prompt.split() if entry_of(word).kind == "NOUN")
+    return next((LEXICON[word].topic for word in nouns), None)
 
 
 def illegal_pairs(prompt: str, response: str, ended: bool) -> int:
-    """Number of neighbours whose classes may not follow each other. The first pair is the prompt's last word
-    and the response's first; the last is the response's last word and the end, unless it was cut."""
+    """Number of neighbours whose classes may not follow each other. The first pair is the prompt's
+    last word and the response's first; the last is the response's last word and the end, unless it
+    was cut."""
     words = prompt.split()[-1:] + response.split()
     kinds = [entry_of(word).kind for word in words] + ["END"] * ended
     return sum(after not in FOLLOWS[before] for before, after in pairwise(kinds))
 
 
 def terms(prompt: str, response: str, ended: bool) -> dict[str, float]:
-    """The six terms of one response's gold score, with their signs. The prompt's own words earn nothing.
+    """The six terms of one response's gold score, with their signs. The prompt's own words earn
+    nothing.
 
     sentiment   +1.5 * tanh(S / 2), S = summed sentiment of the response's distinct on-topic words
     vividness   +1.0 * tanh(D / 2), D = number of its distinct on-topic vivid words
@@ -127,8 +132,9 @@ def terms(prompt: str, response: str, ended: bool) -> dict[str, float]:
     off_topic   -0.4 for each word that belongs to another topic than the prompt
     not_ended   -1.0 if the response was cut before it ended
 
-    On-topic are the words of the prompt's topic and those that fit every topic. tanh makes both rewards
-    saturate: the first positive word adds 0.69, the fourth 0.09, and no response reaches 2.5.
+    On-topic are the words of the prompt's topic and those that fit every topic. tanh makes both
+    rewards saturate: the first positive word adds 0.69, the fourth 0.09, and no response reaches
+    2.5.
     """
     topic = topic_of(prompt)
     words = response.split()

@@ -1,13 +1,14 @@
-"""Makes everything in tiny/ but the judge: a small trained GPT-NeoX, and preference data sampled from it.
+"""Makes all in tiny/ but the judge: a small trained GPT-NeoX, and preference data sampled from it.
 
-    python tiny/make.py [--out DIR]        about 90 seconds on one core; writes DIR/model and DIR/data
+    python tiny/make.py [--out DIR]    about 90 seconds on one core; writes DIR/model and DIR/data
 
 In reading order:
   1. grammar     writes short reviews with the judge's lexicon
   2. tokenizer   one id per word, and Pythia's two special tokens at Pythia's ids
-  3. model       a GPT-NeoX of Pythia's make, 64 wide and 2 layers deep, pretrained on the grammar's reviews
+  3. model       a GPT-NeoX of Pythia's make, 64 wide and 2 layers deep, pretrained on the grammar's
+                 reviews
   4. pairs       two samples of that model for one prompt, and which of them a noisy judge prefers
-  5. summary     what the initial policy scores, so that a reader can check the world before training in it
+  5. summary     what the initial policy scores: a check of the world before anybody trains in it
 
 One seed and a fixed number of threads: a second run on the same machine writes the same bytes.
 Dimension key: B batch, Q prompt, R response, T tokens of a text.
@@ -33,11 +34,11 @@ STEPS, BATCH = 3000, 32  # pretraining: Adam updates, reviews per update
 LR, WARMUP = 4e-3, 100  # its peak rate, and the updates until that is reached
 ROWS = 600  # preference pairs per topic
 PROMPT_WORDS = (3, 6)  # shortest and longest prompt
-RESPONSE_TOKENS = 20  # a response of fewer tokens has ended (EOS follows); one of exactly 20 was cut
+RESPONSE_TOKENS = 20  # a response of fewer tokens has ended (EOS follows); one of 20 was cut
 LABEL_SCALE = 3.0  # P(first is chosen) = sigmoid(scale * difference of the gold scores)
 EOS, PAD, UNK = "<|endoftext|>", "<|padding|>", "<unk>"  # ids 0, 1 and 2
 
-# ------------------------------------------------------------------------------------------------ 1. grammar
+# --------------------------------------------------------------------------------------- 1. grammar
 
 
 @functools.cache
@@ -49,15 +50,16 @@ def fitting(*wanted: Word) -> list[str]:
 class Review:
     """A review in the making: its words so far, and how positive and how vivid its writer is.
 
-    Most writers are nearly always positive or nearly never (a beta of 0.3 has its mass at both ends), and
-    likewise vivid. So one word tells something of the next ones, and the model must learn which words are
-    alike: its features then hold what a reward model needs, and a few hundred pairs are enough to train one.
+    Most writers are nearly always positive or nearly never (a beta of 0.3 has its mass at both
+    ends), and likewise vivid. So one word tells something of the next ones, and the model must
+    learn which words are alike: its features then hold what a reward model needs, and a few hundred
+    pairs are enough to train one.
     """
 
     def __init__(self, rng: random.Random, topic: str):
         self.rng, self.topic, self.words = rng, topic, []
         self.vividness = 0.8 * rng.betavariate(0.3, 0.3)  # share of vivid adjectives among all
-        self.positivity = rng.betavariate(0.3, 0.3)  # share of positive ones among those with a sentiment
+        self.positivity = rng.betavariate(0.3, 0.3)  # share of positive among those with sentiment
 
     def write(self) -> str:
         for number in range(self.rng.choice((1, 1, 2, 2, 2, 3))):
@@ -93,7 +95,8 @@ class Review:
             self.word("ADV")
         self.adjective()
 
-    def sentence(self, may_use_it: bool) -> None:  # "the soup was very fresh and golden near the bread ."
+    def sentence(self, may_use_it: bool) -> None:
+        # "the soup was very fresh and golden near the bread ."
         if may_use_it and self.chance(0.5):
             self.word("PRON")
         else:
@@ -114,8 +117,8 @@ def write_review(rng: random.Random) -> str:
 
 
 def write_prompts(rng: random.Random, topic: str, count: int) -> list[str]:
-    """Different beginnings of fresh reviews. Each holds the noun that tells the topic, its second or third
-    word, and stops inside a sentence."""
+    """Different beginnings of fresh reviews. Each holds the noun that tells the topic, its second
+    or third word, and stops inside a sentence."""
     prompts = {}  # a dict, because a set has no fixed order
     while len(prompts) < count:
         words = Review(rng, topic).write().split()[: rng.randint(*PROMPT_WORDS)]
@@ -124,12 +127,12 @@ def write_prompts(rng: random.Random, topic: str, count: int) -> list[str]:
     return list(prompts)
 
 
-# ---------------------------------------------------------------------------------------------- 2. tokenizer
+# ------------------------------------------------------------------------------------- 2. tokenizer
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Splits at spaces, one id per word. As Pythia's, it writes no BOS, and decoding puts a space before each
-    word, so that the text of a prompt and the text of its response fit together."""
+    """Splits at spaces, one id per word. As Pythia's, it writes no BOS, and decoding puts a space
+    before each word, so that the text of a prompt and the text of its response fit together."""
     vocabulary = {word: i for i, word in enumerate([EOS, PAD, UNK, *LEXICON])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -145,7 +148,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-# -------------------------------------------------------------------------------------------------- 3. model
+# ----------------------------------------------------------------------------------------- 3. model
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXForCausalLM:
@@ -174,12 +177,13 @@ def language_loss(model, tokenizer, texts: list[str]) -> torch.Tensor:
     """Mean cross-entropy, in nats per token, of texts that end in EOS."""
     texts = [f"{text} {EOS}" for text in texts]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)  # [B, T]; -100 is left out
+    # [B, T]; -100 is left out
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return model(**batch, labels=labels).loss
 
 
 def pretrain(model, tokenizer, rng: random.Random) -> None:
-    """Adam on reviews that are never seen twice; the rate ramps up, then falls to 0 along a cosine."""
+    """Adam on reviews never seen twice; the rate ramps up, then falls to 0 along a cosine."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
 
     def rate(step: int) -> float:
@@ -199,12 +203,12 @@ def pretrain(model, tokenizer, rng: random.Random) -> None:
     model.eval()
 
 
-# -------------------------------------------------------------------------------------------------- 4. pairs
+# ----------------------------------------------------------------------------------------- 4. pairs
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[str]) -> list[str]:
-    """One response per prompt from the model's own distribution: temperature 1, no top-k, no top-p."""
+    """One response per prompt from the model's own distribution: temperature 1, nothing cut off."""
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")  # [B, Q]
     no_token = range(len(tokenizer), model.config.vocab_size)
     tokens = model.generate(
@@ -216,7 +220,8 @@ def sample(model, tokenizer, prompts: list[str]) -> list[str]:
         max_new_tokens=RESPONSE_TOKENS,
         suppress_tokens=[tokenizer.pad_token_id, tokenizer.unk_token_id, *no_token],
     )  # [B, Q + R], and pads after EOS
-    texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    responses = tokens[:, batch["input_ids"].shape[1]:]  # [B, R]
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
@@ -233,25 +238,30 @@ def preference_row(prompt: str, first: str, second: str, rng: random.Random) -> 
     gold = score([prompt] * 2, [first, second], [has_ended(first), has_ended(second)])
     first_wins = rng.random() < 1 / (1 + math.exp(-LABEL_SCALE * (gold[0] - gold[1])))
     chosen, rejected = (first, second) if first_wins else (second, first)
-    return {"prompt": prompt, "chosen": messages(prompt, chosen), "rejected": messages(prompt, rejected)}
+    return {"prompt": prompt, "chosen": messages(prompt, chosen),
+            "rejected": messages(prompt, rejected)}
 
 
 def topic_rows(model, tokenizer, topic: str) -> list[dict]:
-    """ROWS pairs, each with a prompt of its own. Equal texts and empty ones tell nothing and are left out."""
-    rng = random.Random(f"{SEED} {topic}")  # a topic's prompts do not depend on the topics before it
+    """ROWS pairs, each with a prompt of its own. Equal texts and empty ones tell nothing and are
+    left out."""
+    rng = random.Random(f"{SEED} {topic}")  # a topic's prompts do not depend on those before it
     prompts = write_prompts(rng, topic, ROWS + ROWS // 10)
-    samples = zip(prompts, sample(model, tokenizer, prompts), sample(model, tokenizer, prompts), strict=True)
-    rows = [preference_row(prompt, a, b, rng) for prompt, a, b in samples if a != b and a and b][:ROWS]
+    first, second = sample(model, tokenizer, prompts), sample(model, tokenizer, prompts)
+    samples = zip(prompts, first, second, strict=True)
+    rows = [preference_row(prompt, a, b, rng) for prompt, a, b in samples if a != b and a and b]
+    rows = rows[:ROWS]
     assert len(rows) == ROWS, f"only {len(rows)} usable pairs on {topic}"
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ 5. summary
+# --------------------------------------------------------------------------------------- 5. summary
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
-    """What the initial policy's samples score, and how often a label prefers the worse of the two."""
-    responses = [(row["prompt"], row[side][1]["content"]) for row in rows for side in ("chosen", "rejected")]
+    """What the initial policy's samples score, and how often a label prefers the worse one."""
+    responses = [(row["prompt"], row[side][1]["content"])
+                 for row in rows for side in ("chosen", "rejected")]
     samples = [(prompt, response, has_ended(response)) for prompt, response in responses]
     by_term = [terms(*one) for one in samples]
     gold = [sum(values.values()) for values in by_term]
@@ -273,7 +283,8 @@ def summary(rows: list[dict]) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="makes the tiny model and its preference data")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for model/ and data/")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent,
+                        help="folder for model/ and data/")
     out, start = parser.parse_args(argv).out, time.perf_counter()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
@@ -292,7 +303,8 @@ def main(argv: list[str] | None = None) -> None:
     (out / "data").mkdir(exist_ok=True)
     rows = {topic: topic_rows(model, tokenizer, topic) for topic in TOPICS}
     for topic in TOPICS:
-        (out / "data" / f"{topic}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[topic]))
+        lines = "".join(json.dumps(row) + "\n" for row in rows[topic])
+        (out / "data" / f"{topic}.jsonl").write_text(lines)
 
     numbers = {
         "parameters": model.num_parameters(),
