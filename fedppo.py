@@ -399,21 +399,6 @@ def participants(s: Settings, seed: int, rnd: int) -> list[bool]:
     return (draws < s.participation).tolist() if s.participation < 1 else [True] * s.agents
 
 
-def restore(agents: list[Agent], task: Task, state: dict) -> None:
-    """Bring agents back to where a checkpoint was made. Raises UserError."""
-    saved, device = state["fingerprint"], agents[0].settings.device
-    same = saved.shape == task.fingerprint.shape and torch.allclose(
-        saved, task.fingerprint, atol=1e-2)
-    if not same and state["device"] == device:
-        raise UserError("the reward models fitted now differ from those that the run was started "
-                        "with: continue it on the data, version and machine that it was started on")
-    if not same:  # rounding can make other samples, and so other scores of the same models
-        print(f"warning: reward models fitted on {device} give other scores than those fitted on "
-              f"{state['device']}, with which the run was started")
-    for agent, saved_agent in zip(agents, state["agents"], strict=True):
-        agent.load_state_dict(saved_agent)
-
-
 def train(
     world: World, task: Task, mode: str, log: Callable[[dict], None],
     save: Callable[[dict], None] = lambda state: None, state: dict | None = None,
@@ -435,7 +420,8 @@ def train(
     first = state["round"] if state else 0
     line = {"mode": mode, "seed": task.seed}
     if state:
-        restore(agents, task, state)
+        for agent, saved in zip(agents, state["agents"], strict=True):
+            agent.load_state_dict(saved)
     else:
         judged = judge(agents[0], task)  # all agents start from one policy
         for agent, accuracy in zip(agents, task.accuracies, strict=True):
@@ -464,8 +450,7 @@ def train(
         if all(agent.diverged for agent in agents):
             raise FloatingPointError(agents[0].diverged)
         # 6. Save all that changes: a stop loses what was done since, and no more.
-        save({"round": rnd + 1, "agents": [agent.state_dict() for agent in agents],
-              "fingerprint": task.fingerprint, "device": s.device})
+        save({"round": rnd + 1, "agents": [agent.state_dict() for agent in agents]})
         fast.give_back()  # memory, to the system
     return agents
 
@@ -515,6 +500,7 @@ def execute(command: Command) -> None:
                 if pooled not in tasks:
                     run.bar.set_description(f"preparing seed {seed}")
                     tasks[pooled] = make_task(world, seed, pooled)
+                    run.check_models(f"{seed} {pooled}", tasks[pooled].fingerprint)
                 if not run.rows:
                     preflight.report(world, tasks[pooled])
                 agents = train(world, tasks[pooled], mode, run.log,

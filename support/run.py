@@ -90,6 +90,8 @@ class Run:
         self.rows: list[dict] = []
         self.samples: dict[str, list[dict]] = {}
         self.last: dict = {"rows": 0}  # the checkpoint that a resumed run goes on from
+        self.fingerprints: dict[str, torch.Tensor] = {}  # task -> some scores of its models
+        self.made_on = s.device  # where those were made
         self.saved_at = time.monotonic()  # when the last checkpoint was written
         self.said: set[tuple] = set()  # warnings are given once
         self.resumed = bool(command.resume)
@@ -107,7 +109,7 @@ class Run:
                 self.go_back()
         except OSError as error:
             raise self.no_room(error) from None
-        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.metrics = None  # metrics.jsonl, open to append: see `lines`
         updates = sum(agents[mode] for mode in s.mode) * len(s.seeds) * s.rounds * s.updates
         done = sum(row["update"] > 0 for row in self.rows)
         self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True,
@@ -119,7 +121,8 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         """Close the files. What stopped the run is told with the way to go on."""
         for file in (self.bar, self.metrics, self.lock):
-            file.close()
+            if file is not None:
+                file.close()
         again = shlex.join(to_resume(self.settings, self.folder))
         if isinstance(error, UserError) and not self.rows and not self.resumed:
             # Nothing was trained: the mended command can use the folder's name.
@@ -151,9 +154,10 @@ class Run:
             when = "after" if update else "before"
             self.samples[f"{mode} {seed} {agent} {when}"] = samples
         row = {key: row.get(key, 0 if key in COUNTED else None) for key in KEYS}
+        file = self.lines()
+        file.write(json.dumps(row) + "\n")
+        file.flush()
         self.rows.append(row)
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
         self.warn(row)
         if update:
             self.bar.update()
@@ -163,6 +167,14 @@ class Run:
                       if (r["mode"], r["seed"]) == (mode, seed) and r["judge"] is not None}
             scores = " ".join(f"{score:.2f}" for score in latest.values())
             self.bar.set_postfix_str(f"judge {scores}")
+
+    def lines(self):
+        """metrics.jsonl, to append to. A resumed run that is refused before has changed nothing."""
+        if self.metrics is None:
+            path = self.folder / "metrics.jsonl"
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.metrics = path.open("a", encoding="utf-8")
+        return self.metrics
 
     def warn(self, row: dict) -> None:
         """Say once what a line shows to go wrong."""
@@ -196,8 +208,8 @@ class Run:
             tqdm.write(f"a checkpoint takes {size / 1e9:.1f} GB; the last two are kept in "
                        f"{self.folder} until the run is finished")
         content = {"seed": seed, "mode": mode, "rows": len(self.rows), "samples": self.samples,
-                   "state": state}
-        os.fsync(self.metrics.fileno())  # no checkpoint speaks of lines that a power cut takes
+                   "state": state, "fingerprints": self.fingerprints, "device": self.made_on}
+        os.fsync(self.lines().fileno())  # no checkpoint speaks of lines that a power cut takes
         # The end of an arm has as many lines as its last round, whose checkpoint it replaces.
         write_checkpoint(self.folder / f"checkpoint-{len(self.rows):08d}.pt", content)
         for old in self.checkpoints()[:-2]:
@@ -236,6 +248,7 @@ class Run:
                 unusable[file] = f"{type(error).__name__}: {text}"
                 continue
             self.last, self.rows, self.samples = last, rows, last["samples"]
+            self.fingerprints, self.made_on = last["fingerprints"], last["device"]
             break
         else:
             if unusable:
@@ -250,7 +263,19 @@ class Run:
             file.rename(file.with_suffix(".damaged"))
         for file in self.folder.glob("*.tmp"):
             file.unlink()
-        write_text(path, b"".join(line + b"\n" for line in lines[:self.last["rows"]]).decode())
+
+    def check_models(self, task: str, fingerprint: torch.Tensor) -> None:
+        """A resumed run must fit the reward models that it was started with. Raises UserError."""
+        saved = self.fingerprints.setdefault(task, fingerprint)
+        if saved.shape == fingerprint.shape and torch.allclose(saved, fingerprint, atol=1e-2):
+            return
+        if self.made_on == self.settings.device:
+            raise UserError("the reward models fitted now differ from those that the run was "
+                            "started with: continue it on the data, version and machine that it "
+                            "was started on")
+        # Rounding can make other samples, and so other scores of the same models.
+        tqdm.write(f"warning: reward models fitted on {self.settings.device} give other scores "
+                   f"than those fitted on {self.made_on}, with which the run was started")
 
     # ---- the end of an arm, and of the run
 
@@ -268,6 +293,7 @@ class Run:
     def finish(self) -> str:
         """Write what is made of the metrics -> the text to print."""
         self.bar.close()
+        self.lines()  # which has no line of what was done and not saved
         summary = plot.summarise(self.rows)
         write_text(self.folder / "samples.md", samples_page(self.samples, self.settings))
         picture, _ = plot.draw([self.folder], self.folder / "curves.png")

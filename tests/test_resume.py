@@ -394,7 +394,7 @@ def test_an_agents_state_is_all_that_changes_in_it(short, tmp_path):
 def test_what_is_not_as_it_was_is_refused_in_one_line(stopped_in, unstopped, resumed, monkeypatch,
                                                       tmp_path):
     """And nothing is lost by it: in the end the run is continued."""
-    folder = stopped_in(10)
+    folder = stopped_in(13)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
     def unchanged():
