@@ -406,8 +406,6 @@ def tables(study: Study) -> str:
 # --------------------------------------------------------------------------------------- pictures
 
 STYLES = plot.MODE_STYLES | {
-    "classic": ("#CC79A7", (0, (6, 2)), "v"),
-    "merged": ("#56B4E9", (0, (4, 1, 1, 1)), "P"),
     "federated in communities": ("#E69F00", (0, (2, 1)), "X"),
 }
 

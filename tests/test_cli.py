@@ -238,6 +238,7 @@ def test_bad_models_are_named(refused, small_model, tmp_path, name):
     said(refused("--model", tmp_path / "model"), [says])
 
 
+@pytest.mark.slow
 def test_a_dead_network_is_told_soon_and_in_one_line(tmp_path):
     """A new process, an empty cache, a closed port where the hub would be: no minutes of retries,
     and no other model."""

@@ -458,6 +458,7 @@ def test_the_cost_of_bfloat16_is_a_ratio_of_times():
     assert 0.05 < fast.bfloat16_cost(64) < 1000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="glibc alone keeps memory")
 def test_freed_memory_is_kept_and_can_be_given_back():
     """In a process of its own: what is set holds for the rest of a process."""

@@ -489,6 +489,7 @@ def test_every_agent_of_an_ensemble_is_paid_by_the_mean_of_all_private_models(wo
         assert torch.allclose(a, b, atol=1e-4) and 0.5 < scores.std() < 1.6
 
 
+@pytest.mark.slow
 def test_the_learning_is_real(world):
     """The judge's score rises by more than a broken update reaches.
 

@@ -144,6 +144,7 @@ def test_the_whole_tables_of_the_confirmation_seeds_are_shown():
     assert "\n".join(tables(made.split("\n## In short, confirmation seeds\n")[1])[0]) in README
 
 
+@pytest.mark.slow
 def test_the_tables_are_those_of_their_measurements():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import attacks
