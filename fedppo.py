@@ -29,6 +29,7 @@ Departures from the papers
         of updates, so the same total episodes.
 """
 
+import copy
 import dataclasses
 import functools
 import sys
@@ -46,7 +47,7 @@ from support import fast, load, preflight
 from support.load import MATRICES
 from support.run import Run, Stopped, stoppable
 from support.settings import Command, Settings, parse, show
-from world import Task, World, deal, make_task
+from world import Task, World, deal_rows, make_task
 
 # ------------------------------------------------------------------------------------------- modes
 
@@ -214,11 +215,11 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # else it would be shared
         for name, stream in self.streams.items():
             stream.set_state(state["streams"][name])
         for name in ("queue", "done", "episodes", "received", "diverged"):
-            setattr(self, name, state[name])
+            setattr(self, name, copy.copy(state[name]))
 
 
 def has_ended(world: World, response: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -240,15 +241,15 @@ def exchange(
     which then serves nobody but itself.
     """
     faults = []
-    for agent, policy, here in zip(agents, frozen, present, strict=True):
+    for agent, policy, takes_part in zip(agents, frozen, present, strict=True):
         own = agent.policy.model.state_dict()
-        fault = "diverged" if agent.diverged else "" if here else "absent"
+        fault = "diverged" if agent.diverged else "" if takes_part else "absent"
         if not fault:
             message = agent.message()
             fault = unusable(message, own)
         if not fault:
             policy.model.load_state_dict(message)  # copies
-            fault = "" if speaks(policy) else "has no finite log-probs"
+            fault = "" if has_finite_logprobs(policy) else "has no finite log-probs"
         if fault:
             policy.model.load_state_dict(own)
         faults.append(fault)
@@ -266,7 +267,7 @@ def unusable(message: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> 
     return ""
 
 
-def speaks(policy: ppo_core.Policy) -> bool:
+def has_finite_logprobs(policy: ppo_core.Policy) -> bool:
     """Whether a policy has finite log-probs: weights can be finite and still too large."""
     token = torch.zeros(1, 1, dtype=torch.long, device=policy.forbidden.device)
     logprobs = policy(input_ids=token).logits.log_softmax(-1)[..., ~policy.forbidden]
@@ -286,14 +287,16 @@ def listen(
     for i, agent in enumerate(agents):
         peers = [j for j in range(len(agents)) if matrix[i, j] > 0 and j != i]
         if not present[i] or agent.diverged:
-            rows.append(without(matrix[i], i, peers))
+            rows.append(renormalised(matrix[i], i, peers))
             missed.append(faults[i])
             continue
         bad = {j: faults[j] for j in peers if faults[j]}
         if agent.settings.outlier and mode.listens:
             heard = {j: frozen[j] for j in peers if j not in bad}
             bad |= dict.fromkeys(outliers(agent, heard), "is an outlier")
-        rows.append(without(matrix[i], i, list(bad)))
+        # A server leaves a bad message out for its sender too: its average is one for all.
+        left_out = [*bad, i] if mode.server and faults[i] else list(bad)
+        rows.append(renormalised(matrix[i], i, left_out))
         missed.append("; ".join(f"agent {j} {bad[j]}" for j in sorted(bad)) or None)
         sent = [j for j in peers if present[j] and not agents[j].diverged]
         copies = 1 if mode.server else len(sent)
@@ -301,7 +304,7 @@ def listen(
     return torch.stack(rows), missed
 
 
-def without(row: torch.Tensor, own: int, left_out: list[int]) -> torch.Tensor:
+def renormalised(row: torch.Tensor, own: int, left_out: list[int]) -> torch.Tensor:
     """A row of W [N] with weight 0 for those left out, sum 1; if nobody is left, all is its own."""
     if not left_out:
         return row
@@ -333,7 +336,7 @@ def outliers(agent: Agent, peers: dict[int, ppo_core.Policy]) -> list[int]:
     distances = []  # [batches of 64][K]
     for prompt, attention, response, mask in sampled:
         part = torch.cat([prompt, response], 1), torch.cat([attention, mask], 1), response, mask
-        own, *others = (ppo_core.evaluate(policy, *part, s.temperature)[1]
+        own, *others = (ppo_core.score_tokens(policy, *part, s.temperature)[1]
                         for policy in (agent.policy, *peers.values()))  # [b, T, V]
         distances.append([ppo_core.masked_mean(kl.kl_exact(own, other), mask) for other in others])
     far = torch.tensor(distances).nan_to_num(nan=torch.inf).mean(0)  # [K]
@@ -406,7 +409,8 @@ def train(
 ) -> list[Agent]:
     """All rounds of one mode on one seed -> its trained agents.
 
-    log: called with every line of metrics;  save: with all that changes, at the end of a round;
+    log: called with every line of metrics;  save: with all that changes, at the end of a round,
+    the tensors themselves: it must write or copy them before it returns;
     state: what `save` was given, to go on from;  new_agent: makes agent i of N (see Agent).
     Raises FloatingPointError when every agent has diverged.
     """
@@ -420,8 +424,8 @@ def train(
     first = state["round"] if state else 0
     line = {"mode": mode, "seed": task.seed}
     if state:
-        for agent, saved in zip(agents, state["agents"], strict=True):
-            agent.load_state_dict(saved)
+        for agent in agents:
+            agent.load_state_dict(state["agents"][agent.index])
     else:
         judged = judge(agents[0], task)  # all agents start from one policy
         for agent, accuracy in zip(agents, task.accuracies, strict=True):
@@ -471,7 +475,7 @@ def load_world(s: Settings, reason: str) -> World:
     if pooling:
         print(f"not private: {' and '.join(pooling)} pool what the agents own")
     for seed in s.seeds:
-        deal(world, seed)  # too little data is said now, not when earlier seeds are trained
+        deal_rows(world, seed)  # too little data is said now, not when earlier seeds are trained
     return world
 
 
@@ -479,7 +483,8 @@ def execute(command: Command) -> None:
     """Do what the command line asks for.
 
     Raises UserError before training starts (later only if the user's own reward or judge fails on a
-    response), FloatingPointError if training diverges, Stopped at Ctrl-C or SIGTERM.
+    response, a file cannot be written, or a resumed run fits other reward models),
+    FloatingPointError if training diverges, Stopped at Ctrl-C or SIGTERM.
     """
     started = time.perf_counter()
     s = command.settings
@@ -507,6 +512,7 @@ def execute(command: Command) -> None:
                                functools.partial(run.save, seed, mode), run.state_of(seed, mode))
                 models = {agent.index: agent.policy.model for agent in agents}
                 run.save_agents(seed, mode, models, world.tokenizer, world.forbidden, arms[mode])
+                del agents, models  # the next arm needs the memory
         finished = run.finish()
     print(f"{finished}\n{time.perf_counter() - started:.0f} s in all")
 

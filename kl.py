@@ -5,7 +5,7 @@ Copy this file into your own trainer: it needs torch and nothing else, and knows
 around it. The trainer of this project calls it in the same two steps:
     reference(...)   what the penalty needs to know of the K references: once per batch, no graph
     penalty(...)     KL of the policy to it, per token, differentiable: at every gradient step
-`generalized_kl` is one after the other. No other function knows what a rule or an estimator is.
+`generalized_kl` is one after the other. How a rule or an estimator is computed stands here alone.
 
 Dimension key: K references, V vocabulary, ... any leading shape (none, [T], [B, T]); X what the
 penalty keeps of the references at a state: V numbers, K, or 1.

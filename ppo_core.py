@@ -5,7 +5,7 @@ In reading order
     2. the algorithm       gae, policy_loss, value_loss: tensors and floats in, tensors out
     3. the policy          Policy: a causal LM with a value head, and a mask of ids without token
     4. sampling            sample_inverse_cdf, generate
-    5. one rollout         PENALTIES, evaluate, kl_per_token, collect -> Rollout
+    5. one rollout         PENALTIES, score_tokens, kl_per_token, collect -> Rollout
     6. one update          penalised_rewards, ppo_loss, optimise, gradient
 
 Gradients are autograd's own. support/fast.py has faster forms of Policy and generate with the same
@@ -109,8 +109,8 @@ def policy_loss(
     """The clipped surrogate (1707.06347, eq. 7, negated). All [B, T] -> (loss, clipfrac), scalars.
 
     clipfrac: share of valid tokens at which the clipped term is the larger one and stops the
-    gradient. Where mask is 0 log-probs must be finite (`evaluate` fills them): the loss leaves them
-    out, but 0 times inf spoils a gradient.
+    gradient. Where mask is 0 log-probs must be finite (`score_tokens` fills them): the loss leaves
+    them out, but 0 times inf spoils a gradient.
     """
     ratio = (logprobs - old_logprobs).exp()  # pi(a_t|s_t) / pi_old(a_t|s_t)
     unclipped = -ratio * advantages
@@ -361,7 +361,7 @@ def entropy(logprobs: Tensor) -> Tensor:
     return -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0).sum(-1)
 
 
-def evaluate(
+def score_tokens(
     policy: Policy, ids: Tensor, attention: Tensor, response: Tensor, mask: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -433,13 +433,13 @@ def collect(
     parts = []
     for rows in torch.arange(len(ids), device=ids.device).split(settings.micro_batch):
         part = ids[rows], attention[rows], response[rows], mask[rows]
-        logprobs, all_logprobs, values = evaluate(policy, *part, settings.temperature)
+        logprobs, all_logprobs, values = score_tokens(policy, *part, settings.temperature)
         logits = (model.response_forward(*part[:2], prompt_ids.shape[1])[0]
                   for model in references)  # a generator: one reference's logits in memory
         reference = kl.reference(logits, weights, rule=settings.rule, estimator=estimator,
                                  tokens=part[2], temperature=settings.temperature)  # [b, T, X]
         kl_tokens = kl_per_token(all_logprobs, reference, part[2], weights, settings)  # [b, T]
-        initial_logprobs = evaluate(initial, *part, settings.temperature)[1]
+        initial_logprobs = score_tokens(initial, *part, settings.temperature)[1]
         kl_initial = by_rows(kl.kl_exact, all_logprobs, initial_logprobs)
         uncertainty = by_rows(entropy, all_logprobs)
         parts.append((logprobs, values, reference, kl_tokens, kl_initial, uncertainty))
@@ -461,7 +461,7 @@ def penalised_rewards(
     last = mask.sum(1).long() - 1  # valid tokens are the first ones of a row
     rewards = torch.zeros_like(kl_tokens)
     rewards[torch.arange(len(scores), device=scores.device), last] = scores
-    if penalty.in_reward is not None:  # the KL penalty is charged here ...
+    if penalty.in_reward is not None:  # the KL penalty is charged here, in the reward
         later = kl_tokens[:, penalty.in_reward:]  # of the state that token t pays for
         rewards[:, :later.shape[1]] -= beta * later
     return rewards
@@ -478,7 +478,7 @@ def ppo_loss(
     sigma: sigma_A, a scalar -> (loss, metrics), all scalars.
     """
     response, mask, old_logprobs = batch["response"], batch["mask"], batch["logprobs"]
-    logprobs, all_logprobs, values = evaluate(
+    logprobs, all_logprobs, values = score_tokens(
         policy, batch["ids"], batch["attention"], response, mask, settings.temperature)
     pg_loss, clipfrac = policy_loss(
         logprobs, old_logprobs, batch["advantages"], mask, settings.clip)
@@ -489,7 +489,7 @@ def ppo_loss(
     log_ratio = (logprobs - old_logprobs).detach()
     penalty = PENALTIES[settings.penalty]
     if penalty.in_loss:
-        # ... and here. [b, T]
+        # The KL penalty is charged here, in the loss: [b, T], the immediate term.
         kl_tokens = kl_per_token(all_logprobs, batch["reference"], response, weights, settings)
         if penalty.estimator != "exact":
             # Tokens come from pi_old: the detached weight pi / pi_old keeps E grad k2 = grad KL.
@@ -509,8 +509,8 @@ def optimise(
 ) -> dict[str, float]:
     """Several epochs of minibatch gradient steps on one rollout -> metrics, means over its steps.
 
-    weights [K] belong to rollout.reference. Raises FloatingPointError, before the weights change,
-    if an advantage or a gradient is not finite.
+    weights [K] belong to rollout.reference. Raises FloatingPointError if an advantage or a gradient
+    is not finite, before the step that it would spoil.
     """
     # 1. Rewards per token become advantages and returns, which stay fixed for all epochs.
     mask = rollout.mask

@@ -235,8 +235,8 @@ def compare(start: nn.Module, peer: nn.Module, policy: nn.Module, r, history) ->
     adam = torch.optim.Adam(theirs.parameters(), LR, **ppo_core.ADAM)
     found = ppo_core.optimise(theirs, adam, out, row, BETA, s, torch.Generator())
     pairs = {
-        "log pi_old (Policy, evaluate)": (r.logprobs, out.logprobs),
-        "V (Policy, evaluate)": (r.values, out.values),
+        "log pi_old (Policy, score_tokens)": (r.logprobs, out.logprobs),
+        "V (Policy, score_tokens)": (r.values, out.values),
         "log rho (kl.reference)": tuple(pick(x, r.response) for x in (r.log_rho, out.reference)),
         "KL to rho (kl.penalty)": (r.kl, out.kl), "A (gae)": (r.advantages, gae[0]),
         "return (gae)": (r.returns, gae[1]), "whitened A (whiten)": (r.whitened, white),

@@ -116,7 +116,7 @@ class Task:
     fingerprint: torch.Tensor  # [n] scores of some samples: a resumed run must fit the same models
 
 
-def deal(world: World, seed: int) -> tuple[list[str], list[data.Shard], list[data.Pair]]:
+def deal_rows(world: World, seed: int) -> tuple[list[str], list[data.Shard], list[data.Pair]]:
     """One seed's evaluation prompts, shards, and pairs for a held-out judge. Raises UserError."""
     s = world.settings
     return data.make_shards(
@@ -128,7 +128,7 @@ def deal(world: World, seed: int) -> tuple[list[str], list[data.Shard], list[dat
 def make_task(world: World, seed: int, pooled: bool = False) -> Task:
     """Deal the data and fit the reward models of a seed; pooled: all data to one agent."""
     s = world.settings
-    eval_prompts, shards, judge_pairs = deal(world, seed)
+    eval_prompts, shards, judge_pairs = deal_rows(world, seed)
     everything = data.pool(shards)
     shards = [everything] if pooled else shards
 

@@ -390,14 +390,14 @@ class StaticDecoder:
 
     def capture(self) -> None:
         """Record `advance`, after three runs in which libraries allocate what they keep."""
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(here)
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(3):
                 self.at.zero_()
                 self.drawn.zero_()
                 self.advance()
-        here.wait_stream(side)
+        current.wait_stream(side)
         self.at.zero_()
         self.drawn.zero_()
         graph = torch.cuda.CUDAGraph()
@@ -405,7 +405,7 @@ class StaticDecoder:
             with torch.cuda.graph(graph):
                 self.advance()
         finally:
-            torch.cuda.set_stream(here)  # a failed capture leaves its own
+            torch.cuda.set_stream(current)  # a failed capture leaves its own
         self.graph = graph
 
 
@@ -452,10 +452,10 @@ def tuned_generate(
                   "float32 on this processor")
     if not prompt_ids.is_cuda:
         return ppo_core.generate
-    generate, told = sampler(
+    generate, decision = sampler(
         policy, prompt_ids, prompt_mask, settings.response_length, eos_id=eos_id, pad_id=pad_id,
         temperature=settings.temperature)
-    print(told)
+    print(decision)
     return generate
 
 

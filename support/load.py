@@ -1,7 +1,7 @@
 """Reads what the user names: preference rows, models, scorers, matrices. Nothing is learned here.
 
 In reading order
-    1. places                 HOME, home, embedded, own_code: what is of the embedded tiny world
+    1. places                 HOME, home, embedded, users_code: what is of the embedded tiny world
     2. preference rows        load_pairs: hub, cache, save_to_disk, parquet and jsonl, as data.Pair
     3. models and prompts     online: whether the hub answers; load_model, prepare_libraries,
                               prompt_ids
@@ -44,7 +44,7 @@ def embedded(path: str) -> bool:
     return HOME / "tiny" in Path(home(path)).resolve().parents
 
 
-def own_code(spec: str) -> bool:
+def users_code(spec: str) -> bool:
     """Whether a reward or judge is a function of the user's."""
     return ".py:" in spec and not embedded(spec.rpartition(":")[0])
 

@@ -81,12 +81,12 @@ def forward_checks(world, task) -> list[Check]:
         """By the training forward, of some rows alone or behind more left padding."""
         ids = torch.nn.functional.pad(rollout.ids[rows], (pads, 0), value=world.pad_id)
         attention = torch.nn.functional.pad(rollout.attention[rows], (pads, 0))
-        return ppo_core.evaluate(policy, ids, attention, rollout.response[rows], rollout.mask[rows],
-                                 s.temperature)[0]
+        return ppo_core.score_tokens(policy, ids, attention, rollout.response[rows],
+                                     rollout.mask[rows], s.temperature)[0]
 
     half, everything = slice(0, 4), slice(None)
     ratio = (logprobs(half, 0) - rollout.logprobs[half]).exp()
-    all_logprobs = ppo_core.evaluate(policy, rollout.ids, rollout.attention, rollout.response,
+    all_logprobs = ppo_core.score_tokens(policy, rollout.ids, rollout.attention, rollout.response,
                                      rollout.mask, s.temperature)[1]
     return [
         Check("ratio on the first minibatch, |ratio - 1|", worst(ratio - 1, half), rounding / 10,

@@ -35,8 +35,8 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
     reward_accuracy  of the agent's reward model on held-out pairs; on line 0 only, null where the
                      reward is given
     missed           null, or why this agent could not hear a peer in this round: `absent` (itself),
-                     `agent 2 absent`, `agent 2 diverged`, `is an outlier`, `is not finite`, `has no
-                     finite log-probs`, `has another shape`
+                     `agent 2 absent`, `agent 2 diverged`, `is an outlier`, `is not finite`,
+                     `has no finite log-probs`, `has another shape`
 
 summary.json has per mode and seed: judge_initial and judge_final (means over agents), judge_auc
 (mean height of the judge's curve over updates), reward_final (own reward over the last round),
@@ -90,10 +90,9 @@ class Run:
         self.rows: list[dict] = []
         self.samples: dict[str, list[dict]] = {}
         self.last: dict = {"rows": 0}  # the checkpoint that a resumed run goes on from
-        self.fingerprints: dict[str, torch.Tensor] = {}  # task -> some scores of its models
-        self.made_on = s.device  # where those were made
+        self.fingerprints: dict[str, dict] = {}  # task -> some scores of its models, and where
         self.saved_at = time.monotonic()  # when the last checkpoint was written
-        self.said: set[tuple] = set()  # warnings are given once
+        self.warned: set[tuple] = set()  # warnings are given once
         self.resumed = bool(command.resume)
         self.folder = Path(command.resume) if command.resume else new_folder(s)
         config = self.folder / "config.json"
@@ -108,7 +107,11 @@ class Run:
                                     "that the run was started with")
                 self.go_back()
         except OSError as error:
-            raise self.no_room(error) from None
+            if self.resumed:
+                raise self.no_room(error) from None
+            shutil.rmtree(self.folder, ignore_errors=True)  # it was empty
+            raise UserError(f"{config}: {error.strerror or error}; start again, with room or "
+                            "another --out") from None
         self.metrics = None  # metrics.jsonl, open to append: see `lines`
         updates = sum(agents[mode] for mode in s.mode) * len(s.seeds) * s.rounds * s.updates
         done = sum(row["update"] > 0 for row in self.rows)
@@ -122,13 +125,16 @@ class Run:
         """Close the files. What stopped the run is told with the way to go on."""
         for file in (self.bar, self.metrics, self.lock):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # what a full disk left to be written
+                    file.close()
         again = shlex.join(to_resume(self.settings, self.folder))
         if isinstance(error, UserError) and not self.rows and not self.resumed:
             # Nothing was trained: the mended command can use the folder's name.
             for file in ("config.json", "metrics.jsonl"):
                 (self.folder / file).unlink(missing_ok=True)
             self.folder.rmdir()
+        elif isinstance(error, KeyboardInterrupt) and (self.folder / "summary.json").exists():
+            print(f"\ninterrupted, but {self.folder} is finished")
         elif isinstance(error, KeyboardInterrupt):
             goes_on = "continues from the last checkpoint" if self.checkpoints() else "starts over"
             print(f"\ninterrupted: {shlex.join([sys.executable, sys.argv[0]])} {again} {goes_on}")
@@ -185,8 +191,8 @@ class Run:
             found["diverged"] = (f"{row['mode']}, seed {row['seed']}, {row['missed']}; it is "
                                  "frozen and left out of exchanges")
         for name, text in found.items():
-            if (who, name) not in self.said:
-                self.said.add((who, name))
+            if (who, name) not in self.warned:
+                self.warned.add((who, name))
                 tqdm.write(f"warning: {text}")
 
     # ---- going on
@@ -203,12 +209,12 @@ class Run:
     def checkpoint(self, seed: int, mode: str, state: dict | None) -> None:
         """All that is needed to go on. state: fedppo.train's; None: the arm is finished."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
-        if size > LARGE and "size" not in self.said:
-            self.said.add("size")
+        if size > LARGE and "size" not in self.warned:
+            self.warned.add("size")
             tqdm.write(f"a checkpoint takes {size / 1e9:.1f} GB; the last two are kept in "
                        f"{self.folder} until the run is finished")
         content = {"seed": seed, "mode": mode, "rows": len(self.rows), "samples": self.samples,
-                   "state": state, "fingerprints": self.fingerprints, "device": self.made_on}
+                   "state": state, "fingerprints": self.fingerprints}
         os.fsync(self.lines().fileno())  # no checkpoint speaks of lines that a power cut takes
         # The end of an arm has as many lines as its last round, whose checkpoint it replaces.
         write_checkpoint(self.folder / f"checkpoint-{len(self.rows):08d}.pt", content)
@@ -228,7 +234,7 @@ class Run:
         """What fedppo.train goes on from, if the last checkpoint is of this arm: given once."""
         if (self.last.get("seed"), self.last.get("mode")) != (seed, mode):
             return None
-        state, self.last = self.last["state"], {"rows": 0}  # so that its memory can be freed
+        state, self.last = self.last["state"], {"rows": 0}
         return state
 
     def go_back(self) -> None:
@@ -248,12 +254,12 @@ class Run:
                 unusable[file] = f"{type(error).__name__}: {text}"
                 continue
             self.last, self.rows, self.samples = last, rows, last["samples"]
-            self.fingerprints, self.made_on = last["fingerprints"], last["device"]
+            self.fingerprints = last["fingerprints"]
             break
         else:
             if unusable:
-                told = "; ".join(f"{file} cannot be used ({why})" for file, why in unusable.items())
-                raise UserError(f"{told}: there is no other checkpoint")
+                every = [f"{file} cannot be used ({why})" for file, why in unusable.items()]
+                raise UserError(f"{'; '.join(every)}: there is no other checkpoint")
             if len(lines) > sum(self.agents.values()):
                 print(f"warning: no checkpoint in {self.folder}: it starts over, and {len(lines)} "
                       "lines are dropped")
@@ -266,16 +272,18 @@ class Run:
 
     def check_models(self, task: str, fingerprint: torch.Tensor) -> None:
         """A resumed run must fit the reward models that it was started with. Raises UserError."""
-        saved = self.fingerprints.setdefault(task, fingerprint)
-        if saved.shape == fingerprint.shape and torch.allclose(saved, fingerprint, atol=1e-2):
+        now = {"scores": fingerprint, "device": self.settings.device}
+        then = self.fingerprints.setdefault(task, now)
+        same = then["scores"].shape == fingerprint.shape
+        if same and torch.allclose(then["scores"], fingerprint, atol=1e-2):
             return
-        if self.made_on == self.settings.device:
+        if then["device"] == now["device"]:
             raise UserError("the reward models fitted now differ from those that the run was "
                             "started with: continue it on the data, version and machine that it "
                             "was started on")
         # Rounding can make other samples, and so other scores of the same models.
-        tqdm.write(f"warning: reward models fitted on {self.settings.device} give other scores "
-                   f"than those fitted on {self.made_on}, with which the run was started")
+        tqdm.write(f"warning: reward models fitted on {now['device']} give other scores than those "
+                   f"fitted on {then['device']}, with which the run was started")
 
     # ---- the end of an arm, and of the run
 
@@ -299,7 +307,7 @@ class Run:
         picture, _ = plot.draw([self.folder], self.folder / "curves.png")
         # Last of all: it marks the run as finished.
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        for file in self.folder.glob("checkpoint-*"):
+        for file in self.checkpoints():
             file.unlink()
         return (f"{plot.table(summary)}\n\npicture   {picture}\n"
                 f"samples   {self.folder / 'samples.md'}\nagents    {self.folder / 'agents'}")
@@ -423,12 +431,16 @@ def describe(s: Settings, reason: str, matrix: list[list[float]]) -> dict:
 
 def save_agent(folder: Path, model, tokenizer, forbidden: torch.Tensor, s: Settings) -> None:
     """A policy as a Hugging Face directory whose generation settings repeat the sampler's."""
+    from safetensors import SafetensorError
     from transformers import GenerationConfig
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=s.temperature, top_k=0, max_new_tokens=s.response_length,
         max_length=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=forbidden.nonzero()[:, 0].tolist())
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how a full disk shows there
+        raise OSError(errno.ENOSPC, str(error)[:100], str(folder)) from None
     tokenizer.save_pretrained(folder)
 
 

@@ -139,8 +139,7 @@ class Settings:
                                pythia="linear", group="PPO", choices=("constant", "linear"))
     clip: float = setting(
         0.2, "epsilon of the clipped objective (1707.06347, eq. 7), and the largest move of a "
-        "value",
-        group="PPO")
+        "value", group="PPO")
 
     beta: float | None = setting(
         None, "KL coefficient, score per nat (default in tiny: the mode's own)", pythia=0.05,
@@ -193,7 +192,7 @@ def parse(argv: list[str], modes: dict) -> Command:
         if own and Path(given[name].split(":")[0]).exists():
             given[name] = os.path.join(".", given[name])
     if resume:
-        settings, reason = resumed(resume, given)
+        settings, reason = resumed(resume, given, modes)
     else:
         preset, reason = choose_preset(given)
         settings = Settings(**(PRESETS[preset] | given | {"preset": preset}))
@@ -202,10 +201,7 @@ def parse(argv: list[str], modes: dict) -> Command:
             reason += ("; the tiny world's judge does not know this dataset, so a held-out reward "
                        "model judges")
         settings = decided(settings)
-    try:
-        check(settings, modes)
-    except (TypeError, KeyError) as error:  # values that no command line gives
-        raise UserError(f"--resume {resume}: its config.json is damaged ({error})") from None
+    check(settings, modes)
     return Command(settings, reason, resume, check_only)
 
 
@@ -343,7 +339,19 @@ def check_places(s: Settings) -> None:
 MOVABLE = ("device",)  # a run may go on elsewhere
 
 
-def resumed(folder: str, given: dict) -> tuple[Settings, str]:
+def of_type(value, kind) -> bool:
+    """Whether a value read from a file is one that the command line could have given."""
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(of_type(one, inner) for one in value)
+    if isinstance(kind, types.UnionType):
+        return value is None or of_type(value, typing.get_args(kind)[0])
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def resumed(folder: str, given: dict, modes: dict) -> tuple[Settings, str]:
     """The settings of a run to continue; a flag that says otherwise is an error. -> (they, why)."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
@@ -351,11 +359,18 @@ def resumed(folder: str, given: dict) -> tuple[Settings, str]:
                   for name, value in config["settings"].items()}
         if values.keys() != FIELDS.keys():
             raise ValueError("it has other settings")
+        for name, field in FIELDS.items():
+            allowed = tuple(modes) if name == "mode" else field.metadata["choices"]
+            found = values[name] if name == "mode" else (values[name],)
+            if not of_type(values[name], field.type) or allowed and set(found) - set(allowed):
+                raise ValueError(f"{name} is {values[name]!r}")
         settings = Settings(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {folder}: no readable config.json of a run of this version "
                         f"({error})") from None
     if (Path(folder) / "summary.json").exists():
+        for file in Path(folder).glob("checkpoint-*.pt"):  # a run killed just before it removed them
+            file.unlink()
         raise UserError(f"--resume {folder}: this run is finished, its results are in there; more "
                         "rounds are a run of their own")
     for name, value in given.items():
@@ -365,7 +380,7 @@ def resumed(folder: str, given: dict) -> tuple[Settings, str]:
                             f"{show(values[name])}: --resume continues with the settings in its "
                             "config.json")
     for name in ("judge", "reward"):  # a folder can come from elsewhere: its code is not run
-        if load.own_code(values[name]) and name not in given:
+        if load.users_code(values[name]) and name not in given:
             raise UserError(f"--resume {folder}: the run's --{name} is the function "
                             f"{values[name]}; a folder is not trusted to name code, so give the "
                             "flag again")
@@ -377,6 +392,6 @@ def to_resume(s: Settings, folder: Path | str) -> list[str]:
     """The flags that continue a run."""
     flags = ["--resume", str(folder)]
     for name, spec in {"--reward": s.reward, "--judge": s.judge}.items():
-        if load.own_code(spec):
+        if load.users_code(spec):
             flags += [name, spec]
     return flags

@@ -86,5 +86,5 @@ def short(small_model, tmp_path_factory):
     rows = worlds.write_jsonl(file, worlds.text_rows(40))
     flags = ("--preset tiny --device cpu --shards iid --agents 2 --pairs 4 --eval-prompts 2 "
              "--judge none --rounds 2 --updates 1 --batch 4 --response-length 4 "
-             "--reward-epochs 1 --name run")
+             "--reward-epochs 1 --epochs 1 --minibatches 1 --name run")
     return ["--model", str(small_model), "--dataset", str(rows), *flags.split()]

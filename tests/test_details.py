@@ -7,9 +7,9 @@ broken.
      1  Padding never matters: positions count real tokens             ppo_core.position_ids
      2  Pad is not EOS; EOS has mask 1 and a gradient, the rest mask 0 ppo_core.generate
      3  Response logits are logits[:, Q-1:-1]                          ppo_core.Policy
-     4  One temperature in sampler, policy and references              ppo_core.evaluate, collect
+     4  One temperature in sampler, policy and references              ppo_core.score_tokens
      5  Dropout is off everywhere                                      ppo_core.Policy
-     6  Old and new log-probs come from one forward                    ppo_core.evaluate
+     6  Old and new log-probs come from one forward                    ppo_core.score_tokens
      7  The score lands on the last valid token                        ppo_core.penalised_rewards
      8  The reward model reads valid tokens; its texts end as sampled  data.RewardModel
      9  A response without EOS can be penalised; endings are counted   ppo_core.collect
@@ -70,7 +70,7 @@ import fedppo
 import kl
 import ppo_core
 from data import UserError
-from ppo_core import PENALTIES, evaluate, gae, generate, penalised_rewards, ppo_loss
+from ppo_core import PENALTIES, gae, generate, penalised_rewards, ppo_loss, score_tokens
 from support import load, preflight
 from support.settings import Settings, parse
 
@@ -92,9 +92,9 @@ def largest(x: torch.Tensor) -> float:
 
 
 def scored(policy, rollout, temperature, rows=slice(None)):
-    """evaluate() on some rows of a rollout -> (logprobs, all_logprobs, values)."""
+    """score_tokens() on some rows of a rollout -> (logprobs, all_logprobs, values)."""
     parts = rollout.ids, rollout.attention, rollout.response, rollout.mask
-    return evaluate(policy, *(part[rows] for part in parts), temperature)
+    return score_tokens(policy, *(part[rows] for part in parts), temperature)
 
 
 def world_with(world, **changes):
@@ -168,7 +168,7 @@ def test_detail_01_padding_never_matters(toy_policy, make):
     response, mask = generate(policy, prompts, prompt_mask, 9, temperature=tau, eos_id=EOS,
                               pad_id=PAD, generator=stream())
     ids, attention = torch.cat([prompts, response], 1), torch.cat([prompt_mask, mask], 1)
-    found = evaluate(policy, ids, attention, response, mask, tau)
+    found = score_tokens(policy, ids, attention, response, mask, tau)
     uniforms = torch.rand(9, len(PROMPTS), generator=stream())
     lengths = set()
     for b, prompt in enumerate(PROMPTS):
@@ -186,7 +186,7 @@ def test_detail_01_padding_never_matters(toy_policy, make):
         assert response[b][mask[b].bool()].tolist() == row[len(prompt):]
     assert len(lengths) > 1 and not found[0][mask == 0].any()
     garbage = torch.where(attention.bool(), ids, 7)
-    assert torch.equal(evaluate(policy, garbage, attention, response, mask, tau)[0], found[0])
+    assert torch.equal(score_tokens(policy, garbage, attention, response, mask, tau)[0], found[0])
 
 
 def test_detail_02_pad_is_not_eos_and_eos_is_learned(small_model, toy_policy, small_settings):

@@ -82,10 +82,10 @@ def test_forward_and_gradients_are_those_of_the_plain_policy(toy_policy, config)
     part, found = texts(), []
     real = part[3].bool()
     for policy in (plain, quick(plain)):
-        logprobs, all_logprobs, values = ppo_core.evaluate(policy, *part, 0.8)
+        logprobs, all_logprobs, values = ppo_core.score_tokens(policy, *part, 0.8)
         everything = all_logprobs[real][:, ~policy.forbidden]
         for rows in torch.arange(len(PROMPTS)).split(3):
-            one, every, value = ppo_core.evaluate(policy, *(x[rows] for x in part), 0.8)
+            one, every, value = ppo_core.score_tokens(policy, *(x[rows] for x in part), 0.8)
             kept = every[real[rows]][:, ~policy.forbidden]
             (kept.sin().sum() + one.sum() + value[real[rows]].square().sum()).backward()
         assert (all_logprobs[..., policy.forbidden] == -torch.inf).all()
@@ -157,7 +157,7 @@ def test_bfloat16_logprobs_are_as_near_as_the_help_says(tiny_world):
     (prompt, prompt_mask, response, mask), = tiny_world.respond(
         list(tiny_world.prompt_ids)[:64], rough, stream())
     part = torch.cat([prompt, response], 1), torch.cat([prompt_mask, mask], 1), response, mask
-    exact, *others = (ppo_core.evaluate(p, *part, 1.0)[0] for p in (policy, plain, rough))
+    exact, *others = (ppo_core.score_tokens(p, *part, 1.0)[0] for p in (policy, plain, rough))
     slope, *slopes = (gradient(x.exp().sum(), p.model)
                       for x, p in zip((exact, *others), (policy, plain, rough), strict=True))
     for other, other_slope in zip(others, slopes, strict=True):

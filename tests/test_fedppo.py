@@ -232,17 +232,17 @@ def test_what_is_left_of_a_row_keeps_its_proportions(data, n):
     row = data.draw(st.lists(st.floats(0, 1), min_size=n, max_size=n))
     own = data.draw(st.integers(0, n - 1))
     row = torch.tensor(row, dtype=torch.float64)
-    assert fedppo.without(row, own, []) is row
+    assert fedppo.renormalised(row, own, []) is row
     row[own] += 1e-3
     row = row / row.sum()
     others = st.integers(0, n - 1).filter(lambda j: j != own)
     left_out = data.draw(st.lists(others, unique=True)) if n > 1 else []
-    left = fedppo.without(row, own, left_out)
+    left = fedppo.renormalised(row, own, left_out)
     kept = [j for j in range(n) if j not in left_out]
     assert abs(left.sum() - 1) < 1e-9 and (left >= 0).all() and not left[left_out].any()
     assert torch.allclose(left[kept], row[kept] / row[kept].sum())
     row[own] = 0
-    nobody = fedppo.without(row, own, [j for j in range(n) if j != own] or [own])
+    nobody = fedppo.renormalised(row, own, [j for j in range(n) if j != own] or [own])
     assert nobody.tolist() == [float(j == own) for j in range(n)], "nobody left is one's own"
 
 

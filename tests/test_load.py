@@ -51,7 +51,7 @@ def test_the_embedded_world_is_found_from_anywhere(tmp_path, monkeypatch):
         assert load.embedded(path) is ours
     for spec, theirs in (("tiny/judge.py:score", False), (f"{given}:score", False),
                          (f"{own}:score", True), ("heldout", False), ("folder", False)):
-        assert load.own_code(spec) is theirs
+        assert load.users_code(spec) is theirs
 
 
 # --------------------------------------------------------------------------------- preference rows

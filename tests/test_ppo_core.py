@@ -22,7 +22,6 @@ from ppo_core import (
     PENALTIES,
     Policy,
     entropy,
-    evaluate,
     gae,
     generate,
     masked_mean,
@@ -32,6 +31,7 @@ from ppo_core import (
     policy_loss,
     ppo_loss,
     sample_inverse_cdf,
+    score_tokens,
     value_loss,
     whiten,
 )
@@ -534,7 +534,7 @@ def test_a_step_raises_the_probability_of_what_was_better(toy_policy, small_sett
     optimise(policy, torch.optim.Adam(policy.parameters(), lr=1e-3, eps=1e-5), rollout, ONE, 0.0, s,
              stream())
     mask = rollout.mask
-    logprobs, *_ = evaluate(policy, rollout.ids, rollout.attention, rollout.response, mask,
+    logprobs, *_ = score_tokens(policy, rollout.ids, rollout.attention, rollout.response, mask,
                             s.temperature)
     better = whiten(rollout.scores[:, None].expand_as(logprobs), mask)
     assert masked_mean((logprobs - rollout.logprobs) * better, mask) > 1e-3
