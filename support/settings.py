@@ -369,7 +369,7 @@ def resumed(folder: str, given: dict, modes: dict) -> tuple[Settings, str]:
         raise UserError(f"--resume {folder}: no readable config.json of a run of this version "
                         f"({error})") from None
     if (Path(folder) / "summary.json").exists():
-        for file in Path(folder).glob("checkpoint-*.pt"):  # a run killed just before it removed them
+        for file in Path(folder).glob("checkpoint-*.pt"):  # killed just before
             file.unlink()
         raise UserError(f"--resume {folder}: this run is finished, its results are in there; more "
                         "rounds are a run of their own")
