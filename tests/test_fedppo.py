@@ -95,6 +95,7 @@ def test_an_arm_is_its_row_of_modes_under_what_was_given_by_hand(small_settings)
         assert (given.beta, given.lr) == (0.0, 0.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"participation": 0.5}, {"anchor": 0.1}], ids=str)
 def test_fedavg_is_merging_by_uniform_rows_under_the_rule_weights(world, four, changes):
     """To the bit, with four agents; an agent receives the server's average in place of copies."""

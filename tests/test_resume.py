@@ -447,7 +447,12 @@ def test_other_reward_models_on_another_device_are_a_warning(stopped_in, resumed
     folder, fit, read = stopped_in(7), data.fit_reward_model, run.read_checkpoint
 
     monkeypatch.setattr(data, "fit_reward_model", lambda *a, **kw: fit(*a, **kw | {"lr": 5e-3}))
-    monkeypatch.setattr(run, "read_checkpoint", lambda path: read(path) | {"device": "cuda"})
+    def made_elsewhere(path):
+        content = read(path)
+        for task in content["fingerprints"].values():
+            task["device"] = "cuda"
+        return content
+    monkeypatch.setattr(run, "read_checkpoint", made_elsewhere)
     assert "fitted on cpu give other scores than those fitted on cuda" in resumed(folder)
 
 

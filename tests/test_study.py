@@ -333,6 +333,7 @@ def results(folder: Path, gain: float = 0.3) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tables_and_pictures_of_a_known_study(tmp_path):
     text = report.write(results(tmp_path))
     assert (tmp_path / "tables.md").read_text() == text and "1 of them diverged" in text

@@ -272,6 +272,7 @@ def test_model_works_in_a_pipeline():
 # ---------------------------------------------------------------------------- the script as a whole
 
 
+@pytest.mark.slow
 def test_script_writes_the_same_bytes_twice(tmp_path, monkeypatch, capsys):
     for name, value in {"STEPS": 12, "WARMUP": 3, "ROWS": 10, "TOPICS": judge.TOPICS[:2]}.items():
         monkeypatch.setattr(make, name, value)
