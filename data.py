@@ -2,13 +2,14 @@
 
 In reading order
     1. UserError              a mistake of the user's: one line, exit code 2
-    2. shards                 Pair, Shard; make_shards gives each agent rows of its own; pool
-    3. tokens                 encode_prompts, encode_response, pad, decode
+    2. shards                 Pair, Shard; make_shards deals the rows by prompt; pool
+    3. tokens                 encode_prompts, encode_response(s), pad, decode
     4. the reward model       RewardModel, fit_reward_model (Bradley-Terry), preference_accuracy
     5. scorers                model_scorer, mean_scorer, text_scorer, normalised
     6. random streams         generator: one independent stream per name
 
-Rows, models and functions come from files through support/load.py, which this file does not need.
+Rows, models and functions come from files through support/rows.py and support/load.py, which this
+file does not need.
 
 Dimension key: B rows, Q prompt tokens (left-padded), T response tokens (right-padded), L = Q + T,
 D hidden size.
@@ -46,13 +47,17 @@ class UserError(Exception):
 class Pair:
     """One preference: of two responses to a prompt, the one that an annotator chose.
 
-    Texts carry no space where prompt and response meet.
+    Texts carry no space where prompt and response meet. The prompt is what the model reads, by
+    which rows are dealt; `plain` is what rules and people read, without a chat template's marks.
+    After a template the response follows at once, else after one space.
     """
 
     prompt: str
     chosen: str
     rejected: str
     split: str
+    plain: str = ""
+    templated: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,37 @@ class Shard:
     prompts: list[str]
     train: list[Pair]
     heldout: list[Pair]
+    rows: int = 0  # that it was dealt
+    splits: tuple[str, ...] = ()  # of these rows
+
+
+def by_prompt(rows: list[Pair]) -> list[list[Pair]]:
+    """Rows with one prompt together; prompts in the order of their first rows."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in rows:
+        groups.setdefault(pair.prompt, []).append(pair)
+    return list(groups.values())
+
+
+def split_by_prompt(rows: list[Pair], n: int) -> tuple[list[Pair], list[Pair]]:
+    """The rows of the first prompts that have at least n -> (they, the rows of all others)."""
+    groups, first, taken = by_prompt(rows), [], 0
+    while taken < len(groups) and len(first) < n:
+        first += groups[taken]
+        taken += 1
+    return first, [pair for group in groups[taken:] for pair in group]
 
 
 def make_shards(pairs: list[Pair], n_agents: int, how: str, n_pairs: int, n_eval: int,
                 rng: random.Random, n_judge: int = 0) -> tuple[list[str], list[Shard], list[Pair]]:
     """Give each agent rows of its own -> (evaluation prompts, N shards, pairs for the judge).
 
-    how: "iid" gives every agent an even share of all rows; "split" gives agent i the splits i,
-    i + N, ... With fewer splits than agents it is the split i mod S, which its agents share out.
-    n_pairs: pairs per agent to fit its reward model; n_eval: prompts kept for the evaluation, of
-    which no row goes to anybody; n_judge: pairs kept for a judge, which no agent has. Raises
-    UserError if there is too little data.
+    how: "iid" gives every agent an even share of all prompts with their rows; "split" gives agent i
+    the splits i, i + N, ... With fewer splits than agents it is the split i mod S, which its agents
+    share out. n_pairs: pairs per agent to fit its reward model; n_eval: prompts kept for the
+    evaluation; n_judge: pairs kept for a judge. No prompt is in two of: the evaluation, the judge's
+    pairs, an agent's pairs to fit and to test, another agent. Raises UserError if there is too
+    little data.
     """
     prompts = sorted({pair.prompt for pair in pairs})
     if len(prompts) < n_eval + n_agents:
@@ -83,14 +108,17 @@ def make_shards(pairs: list[Pair], n_agents: int, how: str, n_pairs: int, n_eval
     kept_back = set(eval_prompts)
     rows = [pair for pair in pairs if pair.prompt not in kept_back]
     rng.shuffle(rows)
-    judge_rows, rows = rows[:n_judge], rows[n_judge:]
+    judge_rows, rows = split_by_prompt(rows, n_judge)
+    if n_judge and len(by_prompt(judge_rows)) < 2:
+        raise UserError(f"--judge heldout would be fitted to {len(judge_rows)} rows of a single "
+                        "prompt: lower --eval-prompts, use more data, or name another judge")
 
     if how == "iid":
-        portions = [rows[i::n_agents] for i in range(n_agents)]
+        portions = _share(rows, n_agents)
     else:
         portions = _portions_by_split(rows, sorted({pair.split for pair in pairs}), n_agents)
-    taken = (f"of {len(pairs)}, after those of {n_eval} evaluation prompts and {n_judge} for the "
-             "judge")
+    taken = (f"of {len(pairs)}, after those of {n_eval} evaluation prompts and "
+             f"{len(judge_rows)} for the judge")
     # The poorest agent first: the remedy that its error names is then enough for all.
     shards: list[Shard | None] = [None] * n_agents
     for i in sorted(range(n_agents), key=lambda i: len(portions[i])):
@@ -98,58 +126,127 @@ def make_shards(pairs: list[Pair], n_agents: int, how: str, n_pairs: int, n_eval
     return eval_prompts, shards, judge_rows
 
 
+def _share(rows: list[Pair], n: int) -> list[list[Pair]]:
+    """n even shares of the prompts, each with all of its rows."""
+    groups = by_prompt(rows)
+    return [[pair for group in groups[i::n] for pair in group] for i in range(n)]
+
+
 def _portions_by_split(rows: list[Pair], splits: list[str], n_agents: int) -> list[list[Pair]]:
-    """The rows of each agent, N lists, where agents own splits."""
+    """The rows of each agent, N lists, where agents own splits.
+
+    A prompt that stands in two splits is of its first row's: the other split's rows of it lie idle.
+    """
+    home: dict[str, str] = {}
+    for pair in rows:
+        home.setdefault(pair.prompt, pair.split)
     portions = []
     for i in range(n_agents):
         own = splits[i::n_agents] or [splits[i % len(splits)]]
-        mine = [pair for pair in rows if pair.split in own]
-        if len(splits) < n_agents:  # the agents of this split take turns at its rows
+        mine = [pair for pair in rows if pair.split in own and home[pair.prompt] in own]
+        if len(splits) < n_agents:  # the agents of this split take turns at its prompts
             sharers = range(i % len(splits), n_agents, len(splits))
-            mine = mine[sharers.index(i)::len(sharers)]
+            mine = _share(mine, len(sharers))[sharers.index(i)]
         portions.append(mine)
     return portions
 
 
 def _shard(rows: list[Pair], n_pairs: int, who: str, taken: str) -> Shard:
-    """An agent's rows as its shard: a fifth of them, at most 256, tests its reward model."""
+    """An agent's rows as its shard: a fifth of them, about 256 at most, tests its reward model."""
     prompts = list(dict.fromkeys(pair.prompt for pair in rows))  # unique, in order
-    n_heldout = min(256, max(1, len(rows) // 5))
-    train = rows[n_heldout:n_heldout + n_pairs]
+    if not prompts:
+        raise UserError(f"{who} has no prompt ({taken}): lower --eval-prompts or --agents, use "
+                        "--shards iid, or more data")
+    heldout, rest = split_by_prompt(rows, min(256, max(1, len(rows) // 5)))
+    train = rest[:n_pairs]
     if len(train) < n_pairs:
         remedy = f"lower --pairs to {len(train)}" if train else "lower --agents"
-        raise UserError(f"{who} has {len(rows)} usable preference rows ({taken}), {n_heldout} of "
-                        f"them held out, and --pairs asks for {n_pairs}: {remedy}, lower "
-                        "--eval-prompts, or use more data")
-    return Shard(prompts, train, rows[:n_heldout])
+        raise UserError(f"{who} has {len(rows)} usable preference rows of {len(prompts)} prompts "
+                        f"({taken}), {len(heldout)} of them held out, and --pairs asks for "
+                        f"{n_pairs}: {remedy}, lower --eval-prompts, or use more data")
+    splits = tuple(sorted({pair.split for pair in rows}))
+    return Shard(prompts, train, heldout, len(rows), splits)
 
 
 def pool(shards: list[Shard]) -> Shard:
     """All shards in one place, for `centralized` and `--reward shared`: not private."""
     return Shard(list(dict.fromkeys(prompt for shard in shards for prompt in shard.prompts)),
                  [pair for shard in shards for pair in shard.train],
-                 [pair for shard in shards for pair in shard.heldout])
+                 [pair for shard in shards for pair in shard.heldout],
+                 sum(shard.rows for shard in shards),
+                 tuple(sorted({split for shard in shards for split in shard.splits})))
 
 
 # ------------------------------------------------------------------------------------------ tokens
 
 
-def encode_prompts(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Each prompt's ids, with whatever the tokenizer puts at the beginning of a text."""
-    return tokenizer(prompts)["input_ids"] if prompts else []
+def frame(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts around a text: the ids (before it, behind it), BOS and EOS often."""
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    for start in range(len(framed) - len(text) + 1):
+        if text and framed[start:start + len(text)] == text:
+            return framed[:start], framed[start + len(text):]
+    return [], []
 
 
-def encode_response(tokenizer, response: str, max_tokens: int, eos: bool) -> list[int]:
-    """A response's ids, at most max_tokens, as the policy would have sampled them.
+def encode_prompts(tokenizer, prompts: list[str], templated: bool = False) -> list[list[int]]:
+    """Each prompt's ids, with what the tokenizer puts at the beginning of a text, and never twice.
 
-    Prompt and response are joined by exactly one space, which in a BPE vocabulary is part of the
-    response's first token. A response of fewer than max_tokens tokens has ended, and gets EOS if
-    `eos`; a longer one is cut and has none.
+    What it would put at the end is left out, and an EOS at the end of the text too: the response
+    follows. templated: a chat template has put everything there already.
     """
-    ids = tokenizer(" " + response, add_special_tokens=False)["input_ids"] if response else []
-    ids = ids[:max_tokens]
-    ended = len(ids) < max_tokens
-    return ids + [tokenizer.eos_token_id] if eos and ended else ids
+    if not prompts:
+        return []
+    before = [] if templated else frame(tokenizer)[0]
+    encoded = []
+    for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]:
+        ids = ids if before and ids[:len(before)] == before else before + ids
+        while not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        encoded.append(ids)
+    return encoded
+
+
+def encode_response(tokenizer, response: str, max_tokens: int, eos: bool, prompt: str = "a",
+                    joint: str = " ") -> list[int]:
+    """`encode_responses` for one response; the prompt matters to few tokenizers."""
+    return encode_responses(tokenizer, [(prompt, joint, response)], max_tokens, eos)[0]
+
+
+def encode_responses(tokenizer, texts: list[tuple[str, str, str]], max_tokens: int,
+                     eos: bool) -> list[list[int]]:
+    """(prompt, joint, response) texts -> each response's ids, as a policy would have sampled them.
+
+    The joint is one space, which in a BPE vocabulary is part of the response's first token, or ""
+    after a chat template. The ids are those of the whole text behind the prompt's own: a tokenizer
+    that puts a space before every text (Llama 2) would put it before the response too.
+    An EOS in a response ends it; other special tokens in it are text. At most max_tokens ids are
+    kept. A response of fewer has ended, and gets EOS if `eos`; a longer one is cut and has none.
+    """
+    def encode(some: list[str]) -> list[list[int]]:
+        return tokenizer(some, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    if not texts:
+        return []
+    end = tokenizer.eos_token
+    texts = [(prompt, joint, response.split(end)[0].rstrip() if end in response else response)
+             for prompt, joint, response in texts]
+    encoded = []
+    for text, before, whole in zip(texts, encode([prompt for prompt, *_ in texts]),
+                                   encode(["".join(text) for text in texts]), strict=True):
+        prompt, joint, response = text
+        if not response:
+            ids = []
+        elif whole[:len(before)] == before:
+            ids = whole[len(before):]
+        elif prompt != "a":  # one token has letters of both: as behind another prompt, then
+            ids = encode_response(tokenizer, response, max_tokens, False, joint=joint)
+        else:
+            ids = encode([joint + response])[0]
+        ended = len(ids) < max_tokens
+        encoded.append(ids[:max_tokens] + [tokenizer.eos_token_id] * (eos and ended))
+    return encoded
 
 
 def pad(sequences: list[list[int]], pad_id: int, side: str,
@@ -165,10 +262,15 @@ def pad(sequences: list[list[int]], pad_id: int, side: str,
     return ids.to(device), mask.to(device)
 
 
-def decode(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
-    """ids, mask [B, L] -> B texts of the valid tokens, without special tokens or outer spaces."""
+def decode(tokenizer, ids: Tensor, mask: Tensor, texts: dict | None = None) -> list[str]:
+    """ids, mask [B, L] -> B texts of the valid tokens, without special tokens or outer spaces.
+
+    texts: {ids: text}, for those whose text is known.
+    """
     rows = [row[valid.bool()].tolist() for row, valid in zip(ids, mask, strict=True)]
-    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    known = texts or {}
+    return [known.get(tuple(row), text.strip()) for row, text in zip(rows, decoded, strict=True)]
 
 
 # -------------------------------------------------------------------------------- the reward model
@@ -188,7 +290,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk = copy.deepcopy(causal_lm.base_model).eval().requires_grad_(True)
         self.pooling = pooling
-        size = causal_lm.config.hidden_size
+        size = causal_lm.get_output_embeddings().weight.shape[1]  # D
         self.head = nn.Linear(size, 1)
         with torch.no_grad():
             self.head.weight.copy_(torch.randn(1, size, generator=generator) / (size + 1) ** 0.5)
@@ -197,9 +299,9 @@ class RewardModel(nn.Module):
 
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, L], padded on any side -> the trunk's last hidden states [B, L, D]."""
-        return self.trunk(input_ids=ids, attention_mask=mask,
-                          position_ids=ppo_core.position_ids(mask),
-                          use_cache=False).last_hidden_state
+        return self.trunk(**ppo_core.known_inputs(
+            self.trunk, input_ids=ids, attention_mask=mask,
+            position_ids=ppo_core.position_ids(mask), use_cache=False)).last_hidden_state
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, L], padded on any side -> scores [B], not normalised."""
@@ -265,11 +367,23 @@ def preference_accuracy(model: RewardModel, pairs: list[TokenPair], pad_id: int,
 Scorer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def model_scorer(model: RewardModel) -> Scorer:
-    """A reward model as a scorer, on the very ids that were sampled."""
+def model_scorer(model: RewardModel, eos_id: int | tuple[int, ...] = (),
+                 with_eos: bool = True) -> Scorer:
+    """A reward model as a scorer, on the ids that were sampled, in the form that it was fitted to.
+
+    with_eos: its texts ended with the first eos_id, so any other that ends a response becomes that;
+    else EOS is taken off before scoring.
+    """
     @torch.no_grad()
     def score(prompt_ids: Tensor, prompt_mask: Tensor,
               response_ids: Tensor, response_mask: Tensor) -> Tensor:
+        if eos_id != ():
+            ends = ppo_core.is_eos(response_ids, eos_id) & response_mask.bool()  # [B, T]
+            if with_eos:
+                fitted = eos_id if isinstance(eos_id, int) else eos_id[0]
+                response_ids = response_ids.masked_fill(ends, fitted)
+            else:
+                response_mask = response_mask.masked_fill(ends, 0)
         ids = torch.cat([prompt_ids, response_ids], 1)  # [B, L]
         mask = torch.cat([prompt_mask, response_mask], 1)
         return model(ids, mask)
@@ -281,18 +395,22 @@ def mean_scorer(scorers: list[Scorer]) -> Scorer:
     return lambda *batch: sum(scorer(*batch) for scorer in scorers) / len(scorers)
 
 
-def text_scorer(function: Callable, name: str, tokenizer) -> Scorer:
+def text_scorer(function: Callable, name: str, tokenizer, texts: dict | None = None,
+                eos_id: int | tuple[int, ...] | None = None) -> Scorer:
     """function(prompts, responses, ended) -> B numbers, as a scorer that raises UserError.
 
-    The function sees texts; `ended`, B bools, says which responses closed with EOS.
+    The function sees texts; `ended`, B bools, says which responses closed with EOS. texts: {a
+    prompt's ids: its text in the dataset}, for prompts that decoding would change.
     """
+    eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
+
     def score(prompt_ids: Tensor, prompt_mask: Tensor,
               response_ids: Tensor, response_mask: Tensor) -> Tensor:
-        prompts = decode(tokenizer, prompt_ids, prompt_mask)
+        prompts = decode(tokenizer, prompt_ids, prompt_mask, texts)
         responses = decode(tokenizer, response_ids, response_mask)
-        is_eos = (response_ids == tokenizer.eos_token_id) & response_mask.bool()  # [B, T]
+        ended = ppo_core.has_ended(response_ids, response_mask, eos_id)
         try:
-            scores = function(prompts, responses, is_eos.any(1).tolist())
+            scores = function(prompts, responses, ended.tolist())
             scores = torch.as_tensor(scores, dtype=torch.float32).to(response_ids.device)
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             frames = traceback.extract_tb(error.__traceback__)

@@ -34,6 +34,7 @@ import dataclasses
 import functools
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -174,14 +175,11 @@ class Agent:
         the rest of the run.
         """
         started = time.perf_counter()
-        s, world = self.settings, self.world
+        s = self.settings
         if self.diverged:
             self.done += 1
             return {"episodes": self.episodes, "beta": s.beta}
-        rollout = ppo_core.collect(
-            self.policy, references, weights, world.initial, self.scorer, *self.next_prompts(), s,
-            eos_id=world.eos_id, pad_id=world.pad_id, generator=self.streams["sampling"],
-            generate=world.generate)
+        rollout, weights, missed = self.collect(references, weights)
         mask = rollout.mask
         left = 1 - self.done / (s.rounds * s.updates) if s.lr_schedule == "linear" else 1.0
         metrics = {
@@ -190,7 +188,10 @@ class Agent:
             "kl_initial": (rollout.kl_initial * mask).sum(1).mean().item(),
             "entropy": ppo_core.masked_mean(rollout.entropy, mask).item(),
             "length": mask.sum(1).float().mean().item(),
-            "ended": has_ended(world, rollout.response, mask).float().mean().item()}
+            "ended": ppo_core.has_ended(
+                rollout.response, mask, self.world.eos_ids).float().mean().item()}
+        if missed:
+            metrics["missed"] = missed
         self.optimizer.param_groups[0]["lr"] = metrics["lr"]
         self.done += 1
         try:
@@ -204,6 +205,33 @@ class Agent:
         self.episodes += s.batch
         seconds = time.perf_counter() - started
         return metrics | {"episodes": self.episodes, "seconds": seconds}
+
+    def collect(
+        self, references: list[ppo_core.Policy], weights: torch.Tensor
+    ) -> tuple[ppo_core.Rollout, torch.Tensor, str | None]:
+        """The next rollout -> (it, the weights of its references, what was left out).
+
+        A reference without log-probs at these very tokens is left out: it must not be the reason
+        that an honest agent stops. If none is left, the KL is to the agent's own present policy.
+        """
+        world, stream = self.world, self.streams["sampling"]
+        prompts, before = self.next_prompts(), stream.get_state()
+
+        def against(references: list[ppo_core.Policy], weights: torch.Tensor) -> ppo_core.Rollout:
+            return ppo_core.collect(
+                self.policy, references, weights, world.initial, self.scorer, *prompts,
+                self.settings, eos_id=world.eos_ids, pad_id=world.pad_id, generator=stream,
+                generate=world.generate)
+
+        rollout = against(references, weights)
+        if (rollout.kl.abs() < -LOWEST)[rollout.mask.bool()].all():
+            return rollout, weights, None
+        kept = [k for k, policy in enumerate(references)
+                if has_logprobs(policy, rollout.ids, rollout.attention)]
+        references = [references[k] for k in kept] or [self.policy]
+        weights = weights[kept] / weights[kept].sum() if kept else torch.ones_like(weights[:1])
+        stream.set_state(before)
+        return against(references, weights), weights, "a reference has no finite log-probs"
 
     def state_dict(self) -> dict:
         """All that changes in training, as plain values and tensors."""
@@ -220,11 +248,6 @@ class Agent:
             stream.set_state(state["streams"][name])
         for name in ("queue", "done", "episodes", "received", "diverged"):
             setattr(self, name, copy.copy(state[name]))
-
-
-def has_ended(world: World, response: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """response, mask [B, T] -> [B] bool: closed with EOS."""
-    return ((response == world.eos_id) & mask.bool()).any(1)
 
 
 # -------------------------------------------------------------------------- the round, step by step
@@ -249,7 +272,9 @@ def exchange(
             fault = unusable(message, own)
         if not fault:
             policy.model.load_state_dict(message)  # copies
-            fault = "" if has_finite_logprobs(policy) else "has no finite log-probs"
+            token = torch.zeros(1, 1, dtype=torch.long, device=policy.forbidden.device)
+            usable = has_logprobs(policy, token, torch.ones_like(token))
+            fault = "" if usable else "has no finite log-probs"
         if fault:
             policy.model.load_state_dict(own)
         faults.append(fault)
@@ -267,11 +292,18 @@ def unusable(message: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> 
     return ""
 
 
-def has_finite_logprobs(policy: ppo_core.Policy) -> bool:
-    """Whether a policy has finite log-probs: weights can be finite and still too large."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=policy.forbidden.device)
-    logprobs = policy(input_ids=token).logits.log_softmax(-1)[..., ~policy.forbidden]
-    return bool(torch.isfinite(logprobs).all())
+LOWEST = -1e4  # nats: what is below is no log-prob, and a KL to it would drown all gradients
+
+
+@torch.no_grad()
+def has_logprobs(policy: ppo_core.Policy, ids: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether a policy has log-probs behind every token of ids, mask [B, L], to which a KL can be
+    taken: weights can be finite and still too large.
+    """
+    inputs = ppo_core.known_inputs(policy.model, input_ids=ids, attention_mask=mask,
+                                   position_ids=ppo_core.position_ids(mask))
+    logprobs = policy(**inputs).logits.float().log_softmax(-1)  # [B, L, V]
+    return bool((logprobs[mask.bool()][:, ~policy.forbidden] > LOWEST).all())  # NaN is not
 
 
 def listen(
@@ -280,8 +312,9 @@ def listen(
 ) -> tuple[torch.Tensor, list[str | None]]:
     """Whom each agent hears in this round -> (rows [N, N], each with sum 1; what each one missed).
 
-    A peer that is absent or whose message has a fault gets weight 0, and so does a policy that is
-    an outlier among an agent's peers. An agent that is absent itself goes on with its own copy.
+    A peer that is absent or whose message has a fault gets weight 0, and so does a policy that has
+    no log-probs on the agent's own prompts or is an outlier among its peers. An agent that is
+    absent itself goes on with its own copy.
     """
     rows, missed = [], []
     for i, agent in enumerate(agents):
@@ -291,13 +324,21 @@ def listen(
             missed.append(faults[i])
             continue
         bad = {j: faults[j] for j in peers if faults[j]}
+        own_text = agent.world.padded(agent.prompts[:8])
+        if mode.listens:
+            bad |= {j: "has no finite log-probs here" for j in peers
+                    if j not in bad and not has_logprobs(frozen[j], *own_text)}
         if agent.settings.outlier and mode.listens:
             heard = {j: frozen[j] for j in peers if j not in bad}
             bad |= dict.fromkeys(outliers(agent, heard), "is an outlier")
         # A server leaves a bad message out for its sender too: its average is one for all.
         left_out = [*bad, i] if mode.server and faults[i] else list(bad)
-        rows.append(renormalised(matrix[i], i, left_out))
-        missed.append("; ".join(f"agent {j} {bad[j]}" for j in sorted(bad)) or None)
+        row = renormalised(matrix[i], i, left_out)
+        told = [f"agent {j} {bad[j]}" for j in sorted(bad)]
+        if mode.server and not has_logprobs(merge(frozen, row, agent.world), *own_text):
+            row, told = renormalised(row, i, peers), [*told, "the average has no finite log-probs"]
+        rows.append(row)
+        missed.append("; ".join(told) or None)
         sent = [j for j in peers if present[j] and not agents[j].diverged]
         copies = 1 if mode.server else len(sent)
         agent.received += copies * size_of(agent.policy.model)
@@ -361,15 +402,21 @@ def cooperate(
     kept = [j for j, weight in enumerate(weights.tolist()) if weight > 0]
     references, weights = [candidates[j] for j in kept], weights[kept]
     if agent.settings.rule == "weights":
-        merged = world.new_policy().requires_grad_(False)
-        merged.model.load_state_dict(average(references, weights))
-        references, weights = [merged], torch.ones(1, dtype=row.dtype)
+        references = [merge(references, weights, world)]
+        weights = torch.ones(1, dtype=row.dtype)
     return references, weights
 
 
 def average(policies: list[ppo_core.Policy], weights: torch.Tensor) -> dict[str, torch.Tensor]:
     """The weighted average of K policies' parameters, weights [K]."""
     return kl.average_weights([policy.model.state_dict() for policy in policies], weights)
+
+
+def merge(policies: list[ppo_core.Policy], weights: torch.Tensor, world: World) -> ppo_core.Policy:
+    """The policy with the weighted average of K policies' parameters, weights [K], frozen."""
+    merged = world.new_policy().requires_grad_(False)
+    merged.model.load_state_dict(average(policies, weights))
+    return merged
 
 
 def judge(agent: Agent, task: Task) -> dict:
@@ -385,9 +432,9 @@ def judge(agent: Agent, task: Task) -> dict:
     scores = torch.cat([task.judge(*batch) for batch in sampled]).tolist() if task.judge else []
     ids, mask, response, response_mask = (tensor[:4] for tensor in sampled[0])
     columns = {
-        "prompt": data.decode(world.tokenizer, ids, mask),
+        "prompt": data.decode(world.tokenizer, ids, mask, world.texts),
         "response": data.decode(world.tokenizer, response, response_mask),
-        "ended": has_ended(world, response, response_mask).tolist(),
+        "ended": ppo_core.has_ended(response, response_mask, world.eos_ids).tolist(),
         "judge": scores[:len(ids)] or [None] * len(ids)}
     samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {"judge": sum(scores) / len(scores) if scores else None, "samples": samples}
@@ -450,7 +497,8 @@ def train(
                 # 5. After the round's last update, judge it on prompts that nobody trains on.
                 judged = judge(agent, task) if update == s.updates else {}
                 log(line | {"agent": agent.index, "round": rnd + 1, "update": agent.done} | judged
-                    | metrics | {"bytes": agent.received, "missed": agent.diverged or why_missed})
+                    | metrics | {"bytes": agent.received, "missed": agent.diverged or why_missed
+                                 or metrics.get("missed")})
         if all(agent.diverged for agent in agents):
             raise FloatingPointError(agents[0].diverged)
         # 6. Save all that changes: a stop loses what was done since, and no more.
@@ -462,21 +510,42 @@ def train(
 # -------------------------------------------------------------------------------------------- main
 
 
-def load_world(s: Settings, reason: str) -> World:
-    """Load what all seeds start from, and say what runs on what. Raises UserError."""
+def load_world(s: Settings, reason: str) -> tuple[World, dict[int, list[dict]]]:
+    """Load what all seeds start from, and say what runs on what.
+
+    -> (it, what each seed deals to its agents, for config.json). Raises UserError.
+    """
     for mode in s.mode:
         matrix_of(arm_settings(s, mode))  # what is wrong with a file is said before work is lost
     print(f"preset {s.preset}: {reason}; {show(s.model)} on {s.device}")
     world = World(s)
-    print(f"{len(world.pairs)} preference pairs; dropped {world.dropped} rows whose chosen and "
-          "rejected are the same")
+    for note in world.notes:
+        print(note)
+    dropped = "; ".join(f"{n} since {why}" for why, n in world.dropped.items()) or "none"
+    print(f"{len(world.pairs)} preference pairs of {world.total} rows; dropped: {dropped}")
     pooling = [f"--mode {mode}" for mode in s.mode if MODES[mode].pooled]
     pooling += [f"--reward {s.reward}"] if s.reward in ("shared", "ensemble") else []
     if pooling:
         print(f"not private: {' and '.join(pooling)} pool what the agents own")
-    for seed in s.seeds:
-        deal_rows(world, seed)  # too little data is said now, not when earlier seeds are trained
-    return world
+    exchanging = tuple(mode for mode in s.mode if MODES[mode].exchanges)
+    if s.rounds == 1 and exchanging:
+        print(f"warning: with --rounds 1 {show(exchanging)} can learn nothing from peers: the only "
+              "exchange comes before the first update, when all policies are equal")
+    # Too little data is said now, not when earlier seeds are trained.
+    deals = {seed: describe_deal(deal_rows(world, seed)[1]) for seed in s.seeds}
+    for line in deals[s.seeds[0]][:8]:
+        print("agent {agent} has {rows} rows of {prompts} prompts, of {} ({pairs} fit its reward "
+              "model, {heldout} test it)".format(", ".join(line["splits"]), **line))
+    if s.agents > 8:
+        print("(and so on: config.json has every agent's)")
+    return world, deals
+
+
+def describe_deal(shards: list[data.Shard]) -> list[dict]:
+    """What each agent was dealt, as numbers."""
+    return [{"agent": i, "splits": list(shard.splits), "rows": shard.rows,
+             "prompts": len(shard.prompts), "pairs": len(shard.train),
+             "heldout": len(shard.heldout)} for i, shard in enumerate(shards)]
 
 
 def execute(command: Command) -> None:
@@ -488,14 +557,14 @@ def execute(command: Command) -> None:
     """
     started = time.perf_counter()
     s = command.settings
-    world = load_world(s, command.reason)
+    world, deals = load_world(s, command.reason)
     if command.check:
         preflight.report(world, make_task(world, s.seeds[0], MODES[s.mode[0]].pooled))
         print("no fatal check failed: without --check it would train")
         return
     arms = {mode: arm_settings(s, mode) for mode in s.mode}
     with Run(s, command, {mode: arm.agents for mode, arm in arms.items()},
-             matrix_of(s).tolist()) as run:
+             matrix_of(s).tolist(), deals) as run:
         for seed in s.seeds:
             tasks: dict[bool, Task] = {}  # pooled or not
             for mode in s.mode:
@@ -518,7 +587,9 @@ def execute(command: Command) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 diverged, 2 a mistake the user can mend, 130 or 143 by a signal."""
+    """Exit codes: 0 done, 1 diverged, 2 a mistake the user can mend, 70 a fault of the program's,
+    130 or 143 by a signal.
+    """
     try:
         with stoppable():
             execute(parse(sys.argv[1:] if argv is None else argv, MODES))
@@ -530,6 +601,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Stopped as stop:
         return 128 + stop.number
+    except Exception:  # what no line above foresees
+        traceback.print_exc()
+        print("this is a fault of the program, not yours: please report it, with the lines above "
+              "and the command", file=sys.stderr)
+        return 70
     return 0
 
 

@@ -3,7 +3,8 @@
 In reading order
     1. masked arithmetic   masked_mean, masked_std, whiten
     2. the algorithm       gae, policy_loss, value_loss: tensors and floats in, tensors out
-    3. the policy          Policy: a causal LM with a value head, and a mask of ids without token
+    3. the policy          Policy: a causal LM with a value head, and a mask of ids without token;
+                           Head: its last product, float32 in every dtype
     4. sampling            sample_inverse_cdf, generate
     5. one rollout         PENALTIES, score_tokens, kl_per_token, collect -> Rollout
     6. one update          penalised_rewards, ppo_loss, optimise, gradient
@@ -35,6 +36,7 @@ Departures from the papers and from common implementations
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -146,30 +148,63 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def known_inputs(model: nn.Module, **inputs) -> dict:
+    """Those of the inputs that a model's forward takes.
+
+    A few families (Bloom, MPT) find positions in the attention mask by themselves and do not take
+    position_ids; a few make the logits of all positions.
+    """
+    names = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+class Head(nn.Linear):
+    """The output embedding of a policy: hidden [..., D] -> logits [..., V], in float32 always.
+
+    Logits may all carry one large number, near 1,070 in Pythia-70M. It cancels in the softmax, but
+    bfloat16 has steps of 8 there: no two logits could be told apart.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight, self.bias)
+
+
 class Policy(nn.Module):
-    """A causal LM with a value head on its trunk, whose logits are -inf at ids that are no token.
+    """A causal LM with a value head, whose logits are -inf at ids that are no token.
 
     Pythia's embedding has 50,304 rows and its tokenizer some 50,277 entries: the policy masks the
     rest, and the pad id, itself, so that the sampler and every log-prob agree without knowing of
     it.
 
-    model: a Hugging Face causal LM with float32 weights;  forbidden [V]: bool, True at ids without
-    a token and at the pad id;  dtype: of the matrix products of every forward. The weights, their
-    gradients, the softmax over the vocabulary and the values stay float32, so that with bfloat16
-    the small steps of Adam do not round to nothing.
+    model: a Hugging Face causal LM with float32 weights, whose output embedding becomes a Head;
+    forbidden [V]: bool, True at ids without a token and at the pad id, if that is not EOS;
+    dtype: of the matrix products of every forward but the last. The weights, their gradients, the
+    logits, the softmax over the vocabulary and the values are float32, so that with bfloat16 the
+    small steps of Adam do not round to nothing.
+
+    The value head reads what the output embedding reads, whatever a model calls it; its size D is
+    the output embedding's, which is not always config.hidden_size (OPT-350m).
     """
 
     def __init__(self, model: nn.Module, forbidden: Tensor, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.model = model.eval()  # dropout off, always: two forwards must be equal
         self.dtype = dtype
-        self.value_head = nn.Linear(model.config.hidden_size, 1)
+        if type(self.head) is nn.Linear:
+            self.head.__class__ = Head  # the same module and the same weights, tied or not
+        self.value_head = nn.Linear(self.head.weight.shape[1], 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_head.to(model.device)
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
         forbidden_ids = self.forbidden.nonzero().flatten()
         self.register_buffer("forbidden_ids", forbidden_ids, persistent=False)
+
+    @property
+    def head(self) -> nn.Module:
+        """The output embedding."""
+        return self.model.get_output_embeddings()
 
     def precision(self) -> torch.autocast:
         """The context of a forward; while it is open, each trained weight is cast once."""
@@ -191,16 +226,25 @@ class Policy(nn.Module):
         output.logits = self.masked(output.logits)
         return output
 
-    def states(self, ids: Tensor, mask: Tensor, kept: slice) -> Tensor:
-        """ids, mask [B, L] -> the trunk's last hidden states at positions `kept`, [B, kept, D]."""
-        trunk = self.model.base_model
-        output = trunk(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
-                       use_cache=False)
-        return output.last_hidden_state[:, kept]
+    def read(self, ids: Tensor, mask: Tensor, kept: slice) -> tuple[Tensor, Tensor]:
+        """ids, mask [B, L] -> at the positions `kept`: (what the head reads [B, kept, D], logits).
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden [..., D] -> logits [..., V]."""
-        return self.model.get_output_embeddings()(hidden)
+        By the model's own forward, so that what a family does to its logits (Gemma 2 caps them,
+        Cohere and Granite scale them) is done here too.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device)[kept]
+        inputs = known_inputs(
+            self.model, input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
+            use_cache=False, logits_to_keep=positions)
+        seen: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            hook.remove()
+        if "logits_to_keep" in inputs:
+            return seen[0], logits
+        return seen[0][:, kept], logits[:, kept]
 
     def response_forward(
         self, ids: Tensor, mask: Tensor, prompt_length: int
@@ -211,8 +255,7 @@ class Policy(nn.Module):
         read.
         """
         with self.precision():
-            hidden = self.states(ids, mask, slice(prompt_length - 1, -1))  # [B, T, D]
-            logits = self.head(hidden)
+            hidden, logits = self.read(ids, mask, slice(prompt_length - 1, -1))
         values = self.value_head(hidden.float()).squeeze(-1)
         return self.masked(logits.float()), values
 
@@ -240,6 +283,17 @@ def sample_inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     drawn = torch.minimum(drawn, last_possible).clamp(max=probs.shape[-1] - 1)
     impossible = probs.gather(-1, drawn) == 0
     return torch.where(impossible, probs.argmax(-1, keepdim=True), drawn).squeeze(-1)
+
+
+def is_eos(tokens: Tensor, eos_id: int | tuple[int, ...]) -> Tensor:
+    """tokens [...] -> [...] bool. eos_id: one id, or several (Llama 3 has) that all end a text."""
+    ids = (eos_id,) if isinstance(eos_id, int) else eos_id
+    return torch.stack([tokens == one for one in ids]).any(0)
+
+
+def has_ended(response: Tensor, mask: Tensor, eos_id: int | tuple[int, ...]) -> Tensor:
+    """response, mask [B, T] -> [B] bool: closed with EOS."""
+    return (is_eos(response, eos_id) & mask.bool()).any(1)
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float, greedy: bool) -> Tensor:
@@ -272,8 +326,11 @@ def cached_decoder(model: nn.Module, prompt_mask: Tensor) -> Callable[[Tensor], 
         if cache is not None:
             positions = positions[:, -1:] + 1
             attention = torch.cat([attention, attention.new_ones(len(tokens), 1)], dim=1)
-        output = model(input_ids=tokens, attention_mask=attention, position_ids=positions,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1)
+        inputs = known_inputs(
+            model.model if isinstance(model, Policy) else model, input_ids=tokens,
+            attention_mask=attention, position_ids=positions, past_key_values=cache,
+            use_cache=True, logits_to_keep=1)
+        output = model(**inputs)
         cache = output.past_key_values
         return output.logits[:, -1]
 
@@ -283,14 +340,15 @@ def cached_decoder(model: nn.Module, prompt_mask: Tensor) -> Callable[[Tensor], 
 @torch.no_grad()
 def generate(
     model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int, *,
-    temperature: float, eos_id: int, pad_id: int, generator: torch.Generator | None = None,
-    greedy: bool = False,
+    temperature: float, eos_id: int | tuple[int, ...], pad_id: int,
+    generator: torch.Generator | None = None, greedy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sample responses token by token, from the whole softmax (no top-k, top-p, minimum length).
 
     model: a Policy or any Hugging Face causal LM;  prompt_ids, prompt_mask: [B, Q], left-padded.
     -> (response_ids [B, T], response_mask [B, T]), T <= max_new_tokens being the longest response.
-    The mask is 1 up to and with EOS; what follows is pad_id with mask 0. greedy=True takes the
+    The mask is 1 up to and with EOS; what follows is pad_id with mask 0: so pad_id may be any id,
+    EOS itself too. eos_id: one, or several that all end a response. greedy=True takes the
     likeliest token, as model.generate(do_sample=False) does. All uniforms are drawn at the start,
     so a call takes the same amount of randomness from the generator whenever its rows end.
     """
@@ -305,7 +363,7 @@ def generate(
             token = choose(step(tokens), uniform, temperature, greedy)
             response.append(torch.where(alive, token, pad_id))
             response_mask.append(alive)
-            alive = alive & (token != eos_id)
+            alive = alive & ~is_eos(token, eos_id)
             if not alive.any():
                 break
             tokens = response[-1][:, None]
@@ -373,8 +431,8 @@ def score_tokens(
     logits, values = policy.response_forward(ids, attention, ids.shape[1] - response.shape[1])
     # In place: a buffer of [b, T, V] less, in a function whose memory is the most of an update's.
     all_logprobs = logits.div_(temperature).log_softmax(-1)
-    # The pad id has log-prob -inf. It is filled here, not masked later: a gradient of 0 times inf
-    # would be NaN.
+    # The pad id can have log-prob -inf. It is filled here, not masked later: a gradient of 0 times
+    # inf would be NaN.
     logprobs = all_logprobs.gather(-1, response[..., None]).squeeze(-1).masked_fill(mask == 0, 0)
     return logprobs, all_logprobs, values
 
@@ -409,8 +467,8 @@ def kl_per_token(
 @torch.no_grad()
 def collect(
     policy: Policy, references: list[Policy], weights: Tensor, initial: Policy, scorer: Callable,
-    prompt_ids: Tensor, prompt_mask: Tensor, settings, *, eos_id: int, pad_id: int,
-    generator: torch.Generator, generate: Callable = generate,
+    prompt_ids: Tensor, prompt_mask: Tensor, settings, *, eos_id: int | tuple[int, ...],
+    pad_id: int, generator: torch.Generator, generate: Callable = generate,
 ) -> Rollout:
     """Sample one batch and record all that stays fixed during its update.
 
@@ -424,7 +482,7 @@ def collect(
         temperature=settings.temperature, generator=generator)
     ids, attention = torch.cat([prompt_ids, response], 1), torch.cat([prompt_mask, mask], 1)
     scores = scorer(prompt_ids, prompt_mask, response, mask)
-    ended = ((response == eos_id) & mask.bool()).any(1)
+    ended = has_ended(response, mask, eos_id)
     scores = scores - settings.missing_eos_penalty * (~ended).to(scores.dtype)
 
     # 2. Policy, references and initial policy read the answers, a few rows at a time: [b, T, V] is
@@ -519,7 +577,10 @@ def optimise(
     advantages, returns = gae(rewards, rollout.values, mask, GAMMA, LAMBDA)
     if not torch.isfinite(advantages).all():
         raise FloatingPointError("an advantage is not finite")
-    sigma = masked_std(advantages, mask)  # sigma_A: whitens the advantages, and scales beta (D2)
+    # sigma_A whitens the advantages, and scales beta (D2). It is at least 1e-4 (masked_std): where
+    # all advantages are equal, as with a constant reward, beta / sigma_A is large and finite, and
+    # the KL penalty alone moves the policy.
+    sigma = masked_std(advantages, mask)
     names = ("ids", "attention", "response", "mask", "logprobs", "values", "reference")
     tensors = {name: getattr(rollout, name) for name in names}
     tensors |= {"advantages": whiten(advantages, mask), "returns": returns}

@@ -77,7 +77,7 @@ def agents(tokenizer) -> tuple[nn.Module, nn.Module, list[str]]:
     policy = AutoModelForCausalLM.from_pretrained(TINY / "model").eval()
     policy.value_head = nn.Linear(policy.config.hidden_size, 1)  # the critic, on the actor's trunk
     nn.init.normal_(policy.value_head.weight, std=0.03)  # small guesses; Policy starts at 0
-    rows = map(json.loads, (TINY / "data/hotel.jsonl").read_text().splitlines())
+    rows = map(json.loads, (TINY / "data/hotel.jsonl").read_text(encoding="utf-8").splitlines())
     pairs = [(row["prompt"], row["chosen"][1]["content"]) for row in rows]
     texts = [f"{a} {b}" for a, b in pairs if judge.score([a], [b], [True])[0] > 1]
     ids = tokenizer(texts, truncation=True, max_length=12)["input_ids"]

@@ -5,12 +5,15 @@ In reading order
     2. Task        of one seed: each agent's shard and scorer; the judge and its prompts, held out
     3. make_task   deal the rows, fit each agent's reward model to its own pairs, normalise it
 
-Nothing is learned here but reward models (data.py). Reading files and models is support/load.py's.
+Nothing is learned here but reward models (data.py). Reading files and models is support/rows.py's
+and support/load.py's.
 
 Dimension key: B rows, Q prompt tokens (left-padded).
 """
 
 import copy
+import dataclasses
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ import torch
 import data
 import ppo_core
 from data import generator
-from support import fast, load
+from support import fast, load, rows
 from support.settings import FITTED, Settings, decided
 
 # ------------------------------------------------------------------------------------------- World
@@ -35,24 +38,81 @@ class World:
         load.prepare_libraries(s.model, s.dataset)
         fast.prepare_process(s.threads)
         self.device = torch.device(s.device)
+        self.notes: list[str] = []  # what a user should know of model and data, a line each
         self.model, self.tokenizer, self.forbidden = load.load_model(
-            load.home(s.model), self.device)
+            load.home(s.model), self.device, self.notes.append)
         self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        self.eos_ids = tuple(self.model.generation_config.eos_token_id)  # each ends a response
         dtype = getattr(torch, s.dtype)
         # mu_0, which never moves, is the loaded model itself; every other policy is a copy of it.
         self.initial = fast.policy(self.model, self.forbidden, dtype).requires_grad_(False)
-        labelled = s.reward in FITTED or s.judge == "heldout"
-        self.pairs, self.dropped = load.load_pairs(load.home(s.dataset), s.splits, labelled)
-        prompts = list(dict.fromkeys(pair.prompt for pair in self.pairs))
-        self.prompt_ids = load.prompt_ids(self.tokenizer, prompts, self.model, s.response_length)
+        self._load_rows()
+        prompts = list(self.prompt_ids)
         self.generate: Callable = fast.tuned_generate(
-            self.initial, *self.padded(prompts[:s.batch]), s, self.eos_id, self.pad_id)
+            self.initial, *self.padded(prompts[:s.batch]), s, self.eos_ids, self.pad_id)
         self.judge = None if s.judge in ("none", "heldout") else self._given(s.judge)
         self.given_reward = None if s.reward in FITTED else self._given(s.reward)
 
+    def _load_rows(self) -> None:
+        """The preference rows, each prompt's ids, and how responses end."""
+        s = self.settings
+        labelled = s.reward in FITTED or s.judge == "heldout"
+        loaded = rows.load_pairs(
+            load.home(s.dataset), s.splits, labelled, split_column=s.split_column,
+            template=load.chat_template(self.tokenizer))
+        self.total, self.dropped = loaded.total, loaded.dropped
+        self.notes += [loaded.form] if loaded.form else []
+        self.prompt_ids: dict[str, list[int]] = {}
+        for templated in (False, True):
+            prompts = dict.fromkeys(
+                pair.prompt for pair in loaded.pairs if pair.templated is templated)
+            self.prompt_ids |= load.prompt_ids(
+                self.tokenizer, list(prompts), self.model, s.response_length, templated)
+        # Rules, judges and people read a prompt's text in the dataset, whose ids decode to another.
+        self.texts = {tuple(self.prompt_ids[pair.prompt]): pair.plain or pair.prompt
+                      for pair in loaded.pairs}
+        self.pairs = [pair for pair in loaded.pairs if not (labelled and self._same_when_cut(pair))]
+        if cut := len(loaded.pairs) - len(self.pairs):
+            reason = f"they are the same in their first {s.response_length} tokens"
+            self.dropped[reason] += cut
+        if not self.pairs:
+            raise data.UserError(f"dataset {s.dataset!r} has no usable pair: all {cut} are the "
+                                 f"same in their first {s.response_length} tokens, so raise "
+                                 "--response-length")
+        if s.response_eos is None:
+            self.settings = dataclasses.replace(s, response_eos=labelled and self._responses_end())
+
+    def _same_when_cut(self, pair: data.Pair) -> bool:
+        """Whether --response-length leaves nothing that tells chosen from rejected."""
+        length = self.settings.response_length
+        common = os.path.commonprefix([pair.chosen, pair.rejected])
+        if 4 * len(common) < length - 2:  # a token has a byte at least, a character four at most
+            return False
+        chosen, rejected = self._response_ids([(pair, pair.chosen), (pair, pair.rejected)], True)
+        return chosen == rejected
+
+    def _responses_end(self) -> bool:
+        """Whether the data's responses have ended or were cut, by their lengths."""
+        some = self.pairs[::max(1, len(self.pairs) // 256)]
+        texts = [(pair, text) for pair in some for text in (pair.chosen, pair.rejected)]
+        ids = self._response_ids(texts, True)
+        share = sum(row[-1] == self.eos_id for row in ids) / len(ids)
+        reads, flag = (("with EOS behind them", "--no-response-eos") if share >= 0.5 else
+                       ("without EOS", "--response-eos"))
+        self.notes.append(f"{share:.0%} of the responses are shorter than --response-length "
+                          f"{self.settings.response_length}, so reward models read all responses "
+                          f"{reads} ({flag} says otherwise)")
+        return share >= 0.5
+
+    def _response_ids(self, texts: list[tuple[data.Pair, str]], eos: bool) -> list[list[int]]:
+        """(pair, response) -> the response's ids."""
+        texts = [(pair.prompt, "" if pair.templated else " ", text) for pair, text in texts]
+        return data.encode_responses(self.tokenizer, texts, self.settings.response_length, eos)
+
     def _given(self, spec: str) -> data.Scorer:
         """The user's judge or reward, called once now, so that it does not fail after hours."""
-        scorer = load.load_scorer(load.home(spec), self.tokenizer, self.device)
+        scorer = load.load_scorer(
+            load.home(spec), self.tokenizer, self.device, self.texts, self.eos_ids)
         scorer(*self.respond(list(self.prompt_ids)[:2], self.initial, generator(0, "try"))[0])
         return scorer
 
@@ -73,19 +133,16 @@ class World:
             ids, mask = self.padded(prompts[start:start + 64])
             response, response_mask = self.generate(
                 policy, ids, mask, s.response_length, temperature=s.temperature,
-                eos_id=self.eos_id, pad_id=self.pad_id, generator=stream)
+                eos_id=self.eos_ids, pad_id=self.pad_id, generator=stream)
             sampled.append((ids, mask, response, response_mask))
         return sampled
 
     def pair_ids(self, pairs: list[data.Pair]) -> list[tuple[list[int], list[int]]]:
         """Pairs as (prompt + chosen, prompt + rejected) ids, ending as generated responses do."""
-        s = self.settings
-
-        def text(pair: data.Pair, response: str) -> list[int]:
-            return self.prompt_ids[pair.prompt] + data.encode_response(
-                self.tokenizer, response, s.response_length, s.response_eos)
-
-        return [(text(pair, pair.chosen), text(pair, pair.rejected)) for pair in pairs]
+        texts = [(pair, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+        ids = [self.prompt_ids[pair.prompt] + response for (pair, _), response in zip(
+            texts, self._response_ids(texts, self.settings.response_eos), strict=True)]
+        return list(zip(ids[::2], ids[1::2], strict=True))
 
     def fit_reward(
         self, train: list[data.Pair], heldout: list[data.Pair], stream: torch.Generator
@@ -96,7 +153,8 @@ class World:
         data.fit_reward_model(model, self.pair_ids(train), self.pad_id, lr=s.reward_lr,
                               epochs=s.reward_epochs, generator=stream)
         accuracy = data.preference_accuracy(model, self.pair_ids(heldout), self.pad_id)
-        return data.model_scorer(model), (accuracy, len(heldout))
+        scorer = data.model_scorer(model, self.eos_ids, s.response_eos)
+        return scorer, (accuracy, len(heldout))
 
 
 # -------------------------------------------------------------------------------------------- Task
@@ -110,6 +168,7 @@ class Task:
     shards: list[data.Shard]
     scorers: list[data.Scorer]
     accuracies: list[tuple[float, int] | None]  # of each agent's reward model, on so many pairs
+    spreads: list[float]  # of each agent's reward on samples, before it was normalised
     eval_prompts: list[str]
     judge: data.Scorer | None
     judge_accuracy: tuple[float, int] | None
@@ -135,9 +194,9 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
     # 1. The judge, which takes no part in training.
     judge, judge_accuracy = world.judge, None
     if s.judge == "heldout":
-        n = min(256, max(1, len(judge_pairs) // 5))
-        judge, judge_accuracy = world.fit_reward(
-            judge_pairs[n:], judge_pairs[:n], generator(seed, "judge"))
+        heldout, train = data.split_by_prompt(
+            judge_pairs, min(256, max(1, len(judge_pairs) // 5)))
+        judge, judge_accuracy = world.fit_reward(train, heldout, generator(seed, "judge"))
         sampled = world.respond(eval_prompts, world.initial, generator(seed, "evaluation"))
         judge, *_ = data.normalised(judge, sampled)
 
@@ -157,8 +216,9 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
         order = torch.randperm(len(shard.prompts), generator=stream)[:256].tolist()
         prompts = [shard.prompts[k] for k in order]
         samples.append(world.respond(prompts, world.initial, stream))
-    scorers = [data.normalised(scorer, own)[0]
-               for (scorer, _), own in zip(fitted, samples, strict=True)]
+    normal = [data.normalised(scorer, own)
+              for (scorer, _), own in zip(fitted, samples, strict=True)]
+    scorers, spreads = [scorer for scorer, *_ in normal], [std for *_, std in normal]
     if s.reward == "ensemble":
         mean = data.mean_scorer(scorers)
         scorers = [data.normalised(mean, own)[0] for own in samples]
@@ -166,5 +226,5 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
     scored = [scorer(*own[0]) for scorer, own in zip(scorers, samples, strict=True)]
     scored += [judge(*samples[0][0])] if judge else []
     accuracies = [accuracy for _, accuracy in fitted]
-    return Task(seed, shards, scorers, accuracies, eval_prompts, judge, judge_accuracy,
+    return Task(seed, shards, scorers, accuracies, spreads, eval_prompts, judge, judge_accuracy,
                 torch.cat(scored).cpu())

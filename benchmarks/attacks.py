@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = tuning_jobs(chosen) if options.tune else jobs(chosen)
     study.complete(path, wanted, "attacks", options.processes, run, COLUMNS)
     text = tables(study.load(path))
-    path.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 

@@ -85,7 +85,7 @@ class Study:
 
     def __init__(self, folder: Path, name: str = "study.csv"):
         self.folder = folder
-        with (folder / name).open(newline="") as file:
+        with (folder / name).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         self.rows = [row for row in rows if row["judge_final"]]
         self.diverged = [row for row in rows if not row["judge_final"]]
@@ -355,7 +355,7 @@ def write(folder: Path) -> str:
     """Make tables.md and the pictures of a folder -> the tables."""
     study = Study(folder)
     text = tables(study)
-    (folder / "tables.md").write_text(text)
+    (folder / "tables.md").write_text(text, encoding="utf-8")
     draw(study, folder)
     return text
 

@@ -257,7 +257,8 @@ def main_job(flags: list[str]) -> dict[str, float]:
         started = time.perf_counter()
         subprocess.run(command, capture_output=True, check=True)
         total = time.perf_counter() - started
-        rows = map(json.loads, (Path(folder) / "run/metrics.jsonl").read_text().splitlines())
+        lines = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = map(json.loads, lines)
         updates = sum(row.get("seconds") or 0 for row in rows)
     return {UPDATES: updates, REST: total - updates}
 
@@ -417,8 +418,8 @@ def case_table(cases: list[dict]) -> list[str]:
 
 
 def save(results: dict, path: Path) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(tables(results))
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(tables(results), encoding="utf-8")
 
 
 def hardware(device: str) -> str:

@@ -462,7 +462,7 @@ def by_topic(world: World, task: Task, agents: list[fedppo.Agent],
 
 def load(path: Path) -> list[dict]:
     """The finished runs. Half a last line, as a killed study may leave, is dropped."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
@@ -475,7 +475,7 @@ def save(path: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> No
         return (regimes.get(row["regime"], len(regimes)), row["regime"],
                 arms.get(row["arm"], len(arms)), row["arm"], int(row["seed"]), row["settings"])
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=place))
@@ -495,7 +495,7 @@ def complete(path: Path, jobs: list[Job], stage: str, processes: int,
                dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/"
                                               "{total:.0f} [{elapsed}, {remaining} left]")
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open("a", newline=""))
+        file = stack.enter_context(path.open("a", newline="", encoding="utf-8"))
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         side_by_side = map
         if processes > 1:
@@ -541,7 +541,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read(chosen_path: Path) -> dict[str, dict]:
-    return json.loads(chosen_path.read_text())
+    return json.loads(chosen_path.read_text(encoding="utf-8"))
 
 
 def staged(results: Path, stages: list[str], processes: int) -> None:
@@ -566,7 +566,7 @@ def tune(path: Path, chosen_path: Path, arms: Iterable[str], processes: int) -> 
     while jobs := climb_jobs(rows, arms):
         rows = complete(path, jobs, "tune", processes)
     rows = complete(path, final_jobs(rows, arms), "tune", processes)
-    chosen_path.write_text(json.dumps(choose(rows), indent=1) + "\n")
+    chosen_path.write_text(json.dumps(choose(rows), indent=1) + "\n", encoding="utf-8")
 
 
 def quick(results: Path, chosen: dict[str, dict], processes: int) -> None:

@@ -55,16 +55,14 @@ def is_neox(trunk: nn.Module) -> bool:
 class FastPolicy(ppo_core.Policy):
     """The policy of a GPT-NeoX."""
 
-    def states(self, ids: Tensor, mask: Tensor, kept: slice) -> Tensor:
+    def read(self, ids: Tensor, mask: Tensor, kept: slice) -> tuple[Tensor, Tensor]:
         trunk = self.model.base_model
         bias = causal_bias(mask, self.dtype)
-        return neox_states(trunk, ids, *neox_rotation(trunk, mask), bias, kept)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings()
-        if self.dtype != torch.float32 or head.bias is not None:
-            return head(hidden)
-        return Project.apply(hidden, head.weight)
+        hidden = neox_states(trunk, ids, *neox_rotation(trunk, mask), bias, kept)
+        if self.head.bias is not None:
+            return hidden, self.head(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):  # as ppo_core.Head
+            return hidden, Project.apply(hidden.float(), self.head.weight)
 
     def decoder(self, prompt_mask: Tensor, max_new_tokens: int) -> Callable[[Tensor], Tensor]:
         """ppo_core.cached_decoder with positions, masks and a cache of fixed size made once."""
@@ -81,8 +79,7 @@ class FastPolicy(ppo_core.Policy):
             with self.precision():
                 hidden = neox_states(trunk, tokens, cos[:, now], sin[:, now], bias[:, :, now, :end],
                                      slice(-1, None), cache, positions[now])
-                logits = self.model.get_output_embeddings()(hidden[:, 0])
-            return self.masked(logits.float())
+            return self.masked(self.head(hidden[:, 0]))
 
         return step
 
@@ -269,7 +266,7 @@ class GraphSampler:
     @torch.no_grad()
     def by_graph(
         self, policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor,
-        max_new_tokens: int, *, temperature: float, eos_id: int, pad_id: int,
+        max_new_tokens: int, *, temperature: float, eos_id: int | tuple[int, ...], pad_id: int,
         generator: torch.Generator | None = None, greedy: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """ppo_core.generate's arguments and result. Raises CaptureError."""
@@ -306,7 +303,7 @@ class StaticDecoder:
 
     def __init__(
         self, policy: ppo_core.Policy, rows: int, length: int, max_new_tokens: int,
-        temperature: float, eos_id: int, pad_id: int, greedy: bool,
+        temperature: float, eos_id: int | tuple[int, ...], pad_id: int, greedy: bool,
     ):
         device = policy.forbidden.device
         self.dtype, self.forbidden_ids = policy.dtype, policy.forbidden_ids
@@ -374,8 +371,8 @@ class StaticDecoder:
             cos, sin = self.cos.index_select(1, at), self.sin.index_select(1, at)
             hidden = neox_states(
                 self.trunk, tokens, cos, sin, bias, slice(-1, None), self.cache, at)
-            logits = self.model.get_output_embeddings()(hidden[:, 0])
-        return logits.float().index_fill_(-1, self.forbidden_ids, -torch.inf)
+        logits = self.model.get_output_embeddings()(hidden[:, 0])
+        return logits.index_fill_(-1, self.forbidden_ids, -torch.inf)
 
     def draw(self, logits: Tensor) -> None:
         """logits [B, V] -> the next token, recorded as ppo_core.generate does."""
@@ -384,7 +381,7 @@ class StaticDecoder:
         token = torch.where(self.alive, token, self.pad_id)[:, None]  # [B, 1]
         self.response.index_copy_(1, self.drawn, token)
         self.mask.index_copy_(1, self.drawn, self.alive[:, None])
-        self.alive.logical_and_(token[:, 0] != self.eos_id)
+        self.alive.logical_and_(~ppo_core.is_eos(token[:, 0], self.eos_id))
         self.tokens.copy_(token)
         self.drawn.add_(1)
 
@@ -412,7 +409,7 @@ class StaticDecoder:
 def cast_products(
     model: nn.Module, dtype: torch.dtype
 ) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """The model with the parameters of its linear layers in `dtype` -> (it, pairs to copy).
+    """The model with the weights of its linear layers, but the head, in `dtype` -> (it, pairs).
 
     A pair is copied from right to left. All other parameters are the model's own, and so are all in
     float32.
@@ -422,7 +419,7 @@ def cast_products(
     linear, shared = [], {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not isinstance(module, ppo_core.Head):
                 linear.append(parameter)
             else:
                 shared[id(parameter)] = parameter  # tied to an embedding, a head stays one with it
@@ -444,7 +441,7 @@ def tuned_generate(
 
     prompt_ids, prompt_mask [B, Q]: prompts to try it on. Prints what a user should know.
     """
-    width = policy.model.config.hidden_size
+    width = policy.head.weight.shape[1]
     if settings.device == "cpu":
         use_onednn(width)
         if settings.dtype == "bfloat16" and (cost := bfloat16_cost(width)) > 2:

@@ -1,12 +1,13 @@
-"""Reads what the user names: preference rows, models, scorers, matrices. Nothing is learned here.
+"""Reads what the user names: models, tokenizers, scorers, matrices. Nothing is learned here.
 
 In reading order
-    1. places                 HOME, home, embedded, users_code: what is of the embedded tiny world
-    2. preference rows        load_pairs: hub, cache, save_to_disk, parquet and jsonl, as data.Pair
-    3. models and prompts     online: whether the hub answers; load_model, prepare_libraries,
-                              prompt_ids
-    4. scorers                load_scorer: FILE.py:function, or a classifier's folder
-    5. the matrix W           read_matrix, from JSON
+    1. places         HOME, home, embedded, users_code: what is of the embedded tiny world
+    2. the hub        online: whether it answers; prepare_libraries
+    3. models         load_model: a decoder with its tokenizer, pad and EOS chosen, logits centred;
+                      or why not
+    4. prompts        chat_template, prompt_ids
+    5. scorers        load_scorer: FILE.py:function, or a classifier's folder
+    6. the matrix W   read_matrix, from JSON
 
 Whatever a library raises about a user's file becomes a UserError of one line.
 """
@@ -15,7 +16,6 @@ import http.client
 import importlib.util
 import json
 import os
-import re
 import sys
 import threading
 import urllib.error
@@ -25,8 +25,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from data import Pair, Scorer, UserError, encode_prompts, text_scorer
+from data import Scorer, UserError, encode_prompts, frame, text_scorer
+from ppo_core import cached_decoder, known_inputs, position_ids
 
 HOME = Path(__file__).resolve().parent.parent  # the project's root folder
 MATRICES = ("self", "uniform", "ring", "star", "identity")  # kinds of W that need no file
@@ -49,150 +51,7 @@ def users_code(spec: str) -> bool:
     return ".py:" in spec and not embedded(spec.rpartition(":")[0])
 
 
-# --------------------------------------------------------------------------------- preference rows
-
-
-def load_pairs(dataset: str, splits: tuple[str, ...] = (),
-               labelled: bool = True) -> tuple[list[Pair], int]:
-    """Read preference rows -> (pairs, number of rows dropped because chosen == rejected).
-
-    dataset: a .jsonl file, a folder of .jsonl, .parquet or save_to_disk data, or a hub name.
-    labelled: if False, for a reward that is a rule, only prompts are read and no row is dropped.
-    Rows with chosen == rejected say nothing about a preference; a quarter of the rows of
-    descriptiveness-sentiment-trl-style is expected to be so, as its generator took the wrong index.
-    Raises UserError.
-    """
-    tables = _tables(dataset)
-    unknown = [split for split in splits if split not in tables]
-    if unknown:
-        raise UserError(f"dataset {dataset!r} has no split {unknown[0]!r}: it has "
-                        f"{', '.join(tables)}")
-    pairs, dropped = [], 0
-    for split in splits or tables:
-        rows = [_pair(row, split, number, labelled) for number, row in enumerate(tables[split])]
-        kept = [pair for pair in rows if pair.chosen != pair.rejected or not labelled]
-        if not rows:
-            raise UserError(f"split {split!r} of {dataset!r} is empty")
-        if not kept:
-            raise UserError(f"split {split!r} of {dataset!r}: chosen == rejected in all of its "
-                            f"{len(rows)} rows")
-        pairs += kept
-        dropped += len(rows) - len(kept)
-    return pairs, dropped
-
-
-def _tables(name: str) -> dict[str, list[dict]]:
-    """{split: rows} of a dataset in any of its forms."""
-    path = Path(name)
-    if path.suffix in (".jsonl", ".json") and path.is_file():
-        return {path.stem: _read_jsonl(path)}
-    if jsonl := sorted(path.glob("*.jsonl")):
-        return {file.stem: _read_jsonl(file) for file in jsonl}
-    if path.exists() and not path.is_dir():
-        raise UserError(f"dataset {name!r} is a file but not .jsonl: give a .jsonl file or a "
-                        "folder")
-    try:
-        import datasets  # only here: jsonl needs no more than the standard library
-    except ImportError:
-        raise UserError(f"dataset {name!r} needs the package datasets (pip install datasets), or "
-                        ".jsonl") from None
-    datasets.disable_progress_bars()
-    try:
-        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-            loaded = datasets.load_from_disk(name)
-        elif path.is_dir():
-            return _read_parquet(path)
-        else:
-            loaded = datasets.load_dataset(name)
-    except UserError:
-        raise
-    except Exception as error:  # damaged files and the hub's failures come in many classes
-        how = "cannot be read" if path.is_dir() else (
-            "is no local file or folder and cannot be had from the hub or its cache: check the "
-            "name, or on a connected machine run `hf download --repo-type dataset "
-            f"{name} --local-dir DIR` and pass --dataset DIR; --preset tiny needs no download")
-        raise UserError(f"dataset {name!r} {how} ({type(error).__name__}: {error})") from None
-    if isinstance(loaded, datasets.Dataset):
-        loaded = {str(loaded.split or "train"): loaded}
-    return {split: table.to_list() for split, table in loaded.items()}
-
-
-def _read_jsonl(path: Path) -> list[dict]:
-    rows = []
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")  # splitlines would cut at U+2028
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is not a JSON object")
-        rows.append(row)
-    return rows
-
-
-def _read_parquet(folder: Path) -> dict[str, list[dict]]:
-    """{split: rows} of all parquet files below a folder.
-
-    Parts of a split are named NAME-00000-of-00002.parquet, or NAME/0000.parquet where the hub has
-    converted a dataset.
-    """
-    from pyarrow import parquet
-    tables: dict[str, list[dict]] = {}
-    for file in sorted(folder.rglob("*.parquet")):
-        split = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
-        split = file.parent.name if split.isdigit() else split
-        tables.setdefault(split, []).extend(parquet.read_table(file).to_pylist())
-    if not tables:
-        raise UserError(f"dataset folder {str(folder)!r} holds no .jsonl, no .parquet and no "
-                        "save_to_disk data")
-    return tables
-
-
-def _pair(row: dict, split: str, number: int, labelled: bool) -> Pair:
-    """A row as a Pair; without labels its responses are empty. Raises UserError."""
-    needed = ("prompt", "chosen", "rejected") if labelled else ("prompt",)
-    missing = [name for name in needed if name not in row]
-    if missing:
-        hint = "" if missing[0] == "prompt" else (
-            " (prompt alone is enough for a --reward that is a rule, with a --judge that is one "
-            "too, or none)")
-        raise UserError(f"split {split!r} has no column {missing[0]!r}: it needs "
-                        f"{', '.join(needed)}, and has {', '.join(row)}{hint}")
-    try:
-        prompt = _text(row["prompt"], "user")
-        chosen, rejected = ([_text(row[name], "assistant") for name in needed[1:]]
-                            if labelled else ["", ""])
-    except (TypeError, KeyError):
-        raise UserError(f"split {split!r}, row {number}: prompt, chosen and rejected must be "
-                        'strings or lists of {"role", "content"} messages, from the user (prompt) '
-                        "and the assistant") from None
-    if not prompt:
-        raise UserError(f"split {split!r}, row {number}: the prompt is empty; remove the row")
-    try:
-        (prompt + chosen + rejected).encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
-        raise UserError(f"split {split!r}, row {number} is not valid Unicode text: "
-                        f"{error.reason}") from None
-    return Pair(prompt, chosen, rejected, split)
-
-
-def _text(cell, role: str) -> str:
-    """A cell's text: a string, or what the messages of `role` in a list of chat messages say."""
-    if isinstance(cell, str):
-        return cell.strip()
-    contents = [message["content"] for message in cell if message["role"] == role]
-    if not contents:
-        raise KeyError(role)
-    return "\n".join(contents).strip()
-
-
-# ------------------------------------------------------------------------------------------ models
+# ----------------------------------------------------------------------------------------- the hub
 
 
 def online(timeout: float = 3.0) -> bool:
@@ -230,15 +89,31 @@ def _answers(timeout: float) -> bool:
     return bool(answers)
 
 
-def load_model(name: str, device: torch.device | str):
+def prepare_libraries(model: str, dataset: str) -> None:
+    """Before a run loads anything: silence transformers, and ask once whether the hub answers."""
+    if not (Path(home(model)).is_dir() and Path(home(dataset)).exists()):
+        online()  # with a dead network the libraries must look in their caches alone, not retry
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def load_model(name: str, device: torch.device | str, say: Callable[[str], None] = print):
     """A causal LM for training -> (model, tokenizer, forbidden [V] bool: ids that are no token).
 
-    name: a local folder or a hub name. The weights are float32, whatever type the checkpoint has
-    (Pythia's is float16, which transformers 5 would keep). The pad id is forbidden too. Pythia's
-    tokenizer sets no pad token, though `<|padding|>` stands in its vocabulary. Raises UserError.
+    name: a local folder or a hub name;  say: is told, in a line each, what a user should know.
+    The weights are float32, whatever type the checkpoint has (Pythia's is float16, which
+    transformers 5 would keep). The pad id is forbidden too, unless it is EOS.
+    model.generation_config has the ids of EOS and pad that a run uses. Raises UserError.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    refuse_adapter(name)
     try:
+        if AutoConfig.from_pretrained(name).is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, and the policy must be a decoder alone")
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32,
                                                            output_loading_info=True)
@@ -251,24 +126,42 @@ def load_model(name: str, device: torch.device | str):
             "needs no download")
         raise UserError(f"{where} ({type(error).__name__}: {str(error)[:200]})") from None
     model.to(device).eval()
-    rows = model.get_output_embeddings().weight.shape[0]  # V
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"model {name!r} ({model.config.model_type}) has no output embedding")
+    rows = head.weight.shape[0]  # V
     token_ids = set(tokenizer.get_vocab().values())
     if max(token_ids) >= rows:
         raise UserError(f"model {name!r}: the tokenizer's ids go to {max(token_ids)}, the "
                         f"embedding has {rows} rows")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name!r}: the tokenizer has no EOS token, so no response could end")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        if "<|padding|>" not in tokenizer.get_vocab():
-            raise UserError(f"model {name!r}: the tokenizer has no pad token of its own (pad must "
-                            "differ from EOS): add one with add_special_tokens and "
-                            "resize_token_embeddings, and save both")
-        tokenizer.pad_token = "<|padding|>"
+    ends = eos_ids(tokenizer, model)
+    choose_pad(tokenizer, ends)
     forbidden = torch.tensor([index not in token_ids for index in range(rows)])
-    forbidden[tokenizer.pad_token_id] = True
+    forbidden[tokenizer.pad_token_id] = tokenizer.pad_token_id not in ends
+    centre_logits(model, ~forbidden, say)
+    if reason := why_no_decoder(model, (~forbidden).nonzero().flatten()):
+        raise UserError(f"model {name!r} ({model.config.model_type}) cannot be trained here: "
+                        f"{reason}")
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = list(ends)
+    if len(ends) > 1:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(list(ends)))
+        say(f"a response ends at any of {names}")
+    if frame(tokenizer)[1]:
+        say("the tokenizer puts EOS behind every text: it is taken off prompts")
     return model, tokenizer, forbidden
+
+
+def refuse_adapter(name: str) -> None:
+    """A folder of LoRA weights alone is no model. Raises UserError."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"the folder {name!r} holds a LoRA adapter, not a whole model: merge it "
+                        "into its base model (peft: merge_and_unload) and save that")
 
 
 def _refuse_random_weights(info: dict) -> None:
@@ -277,24 +170,154 @@ def _refuse_random_weights(info: dict) -> None:
         raise ValueError(f"the checkpoint lacks {', '.join(missing[:3])}, which would be random")
 
 
-def prepare_libraries(model: str, dataset: str) -> None:
-    """Before a run loads anything: silence transformers, and ask once whether the hub answers."""
-    if not (Path(home(model)).is_dir() and Path(home(dataset)).exists()):
-        online()  # with a dead network the libraries must look in their caches alone, not retry
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def eos_ids(tokenizer, model) -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's EOS first, then others of generation_config.
+
+    transformers derives a generation_config from the model's where there is none, and a model's
+    config that was never told an EOS has a default that means another token here: of such, only
+    special tokens count.
+    """
+    config, vocabulary = model.generation_config, set(tokenizer.get_vocab().values())
+    named = config.eos_token_id
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    derived = getattr(config, "_from_model_config", False)
+    others = [index for index in named
+              if index in special or index in vocabulary and not derived]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *others]))
 
 
-def prompt_ids(tokenizer, prompts: list[str], model, response_length: int) -> dict[str, list[int]]:
+def choose_pad(tokenizer, ends: tuple[int, ...]) -> None:
+    """Give a tokenizer without a pad token of its own one: masks say what is a pad, so any will do.
+
+    One that no text has is best, since it can be forbidden: Pythia has `<|padding|>` at id 1 and
+    sets no pad token. Else a reserved token, or the unknown one; else EOS.
+    """
+    if tokenizer.pad_token_id not in (None, *ends):
+        return
+    names = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    names |= {token: index for token, index in tokenizer.get_vocab().items()
+              if token in ("<pad>", "[PAD]", "<|padding|>", tokenizer.unk_token)}
+    free = [name for name, index in sorted(names.items(), key=lambda item: item[1])
+            if index not in ends]
+    reserved = [name for word in ("pad", "reserved", "unused") for name in free
+                if word in name.lower()]
+    unknown = [name for name in free if name == tokenizer.unk_token]
+    tokenizer.pad_token = [*reserved, *unknown, tokenizer.eos_token][0]
+
+
+OFFSET = 16.0  # logits about this number have steps of 2e-6 in float32: nothing is lost below
+
+
+@torch.no_grad()
+def centre_logits(model, allowed: Tensor, say: Callable[[str], None]) -> None:
+    """Take a number that all logits have in common off an output embedding of its own.
+
+    Pythia-70M's logits lie near 1,070. The softmax does not see that, but in float32 it costs four
+    digits. Subtracting the mean row (over the allowed ids [V] bool) from every row takes the same
+    number off all logits of a state, so the function stays the same; where that is not so, since
+    the model caps its logits, it is undone. A tied embedding is left alone: it is the input's too.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    ids = allowed.nonzero().flatten()[:32].to(model.device)[None]
+
+    def logits() -> Tensor:  # [32, allowed]
+        return model(input_ids=ids).logits[0][:, allowed].double()
+
+    try:
+        before = logits()
+    except Exception:  # why_no_decoder tells what it is
+        return
+    offset = before.mean(-1).abs().max().item()
+    if offset < OFFSET or head.weight is embedding.weight:
+        return
+    kept = [parameter.clone() for parameter in head.parameters()]
+    for parameter in head.parameters():  # weight [V, D], and a bias [V] where there is one
+        parameter -= parameter[allowed].double().mean(0).to(parameter.dtype)
+    moved = (logits().log_softmax(-1) - before.log_softmax(-1)).abs().max().item()
+    if moved > max(1e-3, 1e-5 * offset):
+        for parameter, old in zip(head.parameters(), kept, strict=True):
+            parameter.copy_(old)
+        return
+    say(f"all logits had about {offset:.0f} in common: it is taken off the output embedding, so "
+        "that it costs no digits")
+
+
+@torch.no_grad()
+def why_no_decoder(model, allowed: Tensor) -> str:
+    """What keeps a model from being a policy, "" if nothing does. allowed [n]: ids of tokens.
+
+    A token must not see later ones; padding on the left must change nothing; and what is kept of
+    a text while it is written must give the logits that the whole text gives.
+    """
+    T = min(6, len(allowed))
+    ids = allowed[:T].to(model.device)[None]  # [1, T]
+    mask = torch.ones_like(ids)
+
+    def logits(ids: Tensor, mask: Tensor) -> Tensor:  # [1, L, V]
+        return model(**known_inputs(
+            model, input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
+            use_cache=False)).logits.float()[..., allowed]
+
+    try:
+        whole = logits(ids, mask)
+        limit = 1e-3 + 1e-5 * whole.abs().max().item()
+
+        def differs(one: Tensor, other: Tensor) -> bool:
+            return not bool((one - other).abs().max() <= limit)  # NaN differs
+
+        if not torch.isfinite(whole).all():
+            return "its logits are not finite"
+        other = torch.cat([ids[:, :-1], ids[:, :1]], 1)  # with another last token
+        if differs(logits(other, mask)[:, :-1], whole[:, :-1]):
+            return "its tokens see later ones, so it is no decoder"
+        output = model(**known_inputs(model, input_ids=ids, attention_mask=mask, use_cache=True))
+        if getattr(output, "past_key_values", None) is None:
+            return "it keeps no key/value cache, which sampling needs"
+        padded = torch.nn.functional.pad(ids, (3, 0), value=int(allowed[-1]))
+        attention = torch.nn.functional.pad(mask, (3, 0))
+        if differs(logits(padded, attention)[:, 3:], whole):
+            return "padding on the left changes its logits"
+        step = cached_decoder(model, attention[:, :-2])
+        steps = [step(padded[:, :-2]), step(ids[:, -2:-1]), step(ids[:, -1:])]
+        if differs(torch.stack(steps, 1)[..., allowed].float(), whole[:, -3:]):
+            return "its cache gives other logits than the whole text"
+    except Exception as error:  # models fail in many ways
+        return f"its forward fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    return ""
+
+
+# ----------------------------------------------------------------------------------------- prompts
+
+
+def chat_template(tokenizer) -> Callable | None:
+    """(role, text) turns -> the prompt that the tokenizer's chat template makes of them, if any."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+
+    def render(turns: list[tuple[str, str]]) -> str:
+        messages = [{"role": role, "content": said} for role, said in turns]
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates refuse what their model was not trained on
+            raise ValueError("is refused by the tokenizer's chat template: "
+                             f"{type(error).__name__}: {error}") from None
+
+    return render
+
+
+def prompt_ids(tokenizer, prompts: list[str], model, response_length: int,
+               templated: bool = False) -> dict[str, list[int]]:
     """Prompt -> its ids. Each must fit the model with its response. Raises UserError."""
-    ids = dict(zip(prompts, encode_prompts(tokenizer, prompts), strict=True))
+    ids = dict(zip(prompts, encode_prompts(tokenizer, prompts, templated), strict=True))
     if empty := [prompt for prompt in prompts if not ids[prompt]]:
         raise UserError(f"the prompt {empty[0][:40]!r} has no tokens in this model's vocabulary: "
                         "remove such rows")
-    context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(prompts, key=lambda prompt: len(ids[prompt]))
-    if context and len(ids[longest]) + response_length > context:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(prompts, key=lambda prompt: len(ids[prompt]), default="")
+    if context and prompts and len(ids[longest]) + response_length > context:
         raise UserError(f"the prompt {longest[:40]!r} has {len(ids[longest])} tokens; with "
                         f"--response-length {response_length} that exceeds the model's context of "
                         f"{context}: shorten or remove such rows, or lower --response-length")
@@ -304,12 +327,16 @@ def prompt_ids(tokenizer, prompts: list[str], model, response_length: int) -> di
 # ----------------------------------------------------------------------------------------- scorers
 
 
-def load_scorer(spec: str, tokenizer, device: torch.device | str) -> Scorer:
-    """FILE.py:function or a sequence-classification model's folder -> scorer. Raises UserError."""
+def load_scorer(spec: str, tokenizer, device: torch.device | str, texts: dict | None = None,
+                eos_id: int | tuple[int, ...] | None = None) -> Scorer:
+    """FILE.py:function or a sequence-classification model's folder -> scorer. Raises UserError.
+
+    texts, eos_id: see data.text_scorer.
+    """
     if ".py:" in spec:
-        return text_scorer(_function(spec), spec, tokenizer)
+        return text_scorer(_function(spec), spec, tokenizer, texts, eos_id)
     if Path(spec).is_dir():
-        return text_scorer(_classifier(spec, device), spec, tokenizer)
+        return text_scorer(_classifier(spec, device), spec, tokenizer, texts, eos_id)
     raise UserError(f"{spec!r} is neither FILE.py:function nor the directory of a "
                     "sequence-classification model")
 
@@ -334,7 +361,10 @@ def _function(spec: str) -> Callable:
 
 
 def _classifier(folder: str, device: torch.device | str) -> Callable:
-    """A classifier as function(prompts, responses, ended): its logit, or positive - negative."""
+    """A classifier as function(prompts, responses, ended): its logit, or positive - negative.
+
+    Of a text that is too long for it the beginning is cut, which is the prompt's.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -350,13 +380,22 @@ def _classifier(folder: str, device: torch.device | str) -> Callable:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.truncation_side = "left"
     context = getattr(model.config, "max_position_embeddings", None) or 10**9
     longest = min(tokenizer.model_max_length, context)
+    scored, cut = 0, 0  # texts so far
 
     @torch.no_grad()
     def score(prompts: list[str], responses: list[str], ended: list[bool]) -> Tensor:
         texts = [f"{prompt} {response}".strip()
                  for prompt, response in zip(prompts, responses, strict=True)]
+        nonlocal scored, cut
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        now = sum(length > longest for length in lengths)
+        scored, cut = scored + len(texts), cut + now
+        if now and len(str(cut)) > len(str(cut - now)) or now == cut > 0:  # at 1, 10, 100, ...
+            tqdm.write(f"warning: {folder} reads {longest} tokens at most: the beginning of the "
+                       f"prompt was cut in {cut} of {scored} texts so far")
         scores = []
         for start in range(0, len(texts), 32):
             inputs = tokenizer(texts[start:start + 32], return_tensors="pt", padding=True,
@@ -377,7 +416,8 @@ def read_matrix(path: str, n_agents: int) -> Tensor:
     Raises UserError unless the file holds N rows of N finite numbers >= 0, none of them all zeros.
     """
     try:
-        matrix = torch.tensor(json.loads(Path(path).read_text()), dtype=torch.float64)
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        matrix = torch.tensor(rows, dtype=torch.float64)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--topology {path!r} is none of {', '.join(MATRICES)}, and no JSON matrix "
                         f"can be read from it: {error}") from None

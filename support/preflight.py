@@ -39,9 +39,9 @@ class Check:
 def report(world, task) -> None:
     """Print the preflight list. Raises UserError if a fatal check failed."""
     checks = preflight(world, task)
-    total = len(world.pairs) + world.dropped
-    rows = "  note  preference rows dropped because chosen == rejected: "
-    tqdm.write("\n".join(["preflight", *map(str, checks), f"{rows}{world.dropped} of {total}"]))
+    rows = [f"  note  {n} of {world.total} rows dropped, since {why}"
+            for why, n in world.dropped.items()]
+    tqdm.write("\n".join(["preflight", *map(str, checks), *rows]))
     failed = [check.name for check in checks if check.fatal and not check.passed]
     if failed:
         raise UserError(f"preflight failed: {'; '.join(failed)} (see the list above for limits and "
@@ -51,6 +51,9 @@ def report(world, task) -> None:
 def preflight(world, task) -> list[Check]:
     """Every check of a task's first agent, its model and its data."""
     checks = forward_checks(world, task) + vocabulary_checks(world)
+    checks += [Check(f"spread of agent {i}'s reward on samples of the initial policy", std, 1e-6,
+                     "it is the same for all of them: nothing can be learned from it", floor=True,
+                     fatal=False) for i, std in enumerate(task.spreads) if std <= 1e-6]
     models = {f"agent {i}'s reward model": fit for i, fit in enumerate(task.accuracies)}
     for name, fit in (models | {"the judge": task.judge_accuracy}).items():
         if fit is not None:
@@ -67,10 +70,9 @@ def preflight(world, task) -> list[Check]:
 def forward_checks(world, task) -> list[Check]:
     """Whether sampler, training forward, padding and masks agree, on one small rollout."""
     s, policy = world.settings, world.new_policy()
-    rounding = 1e-4 if s.dtype == "float32" else 0.2  # log-probs of one row computed in two ways
     rollout = ppo_core.collect(
         policy, [world.initial], torch.ones(1), world.initial, task.scorers[0],
-        *world.padded((task.shards[0].prompts * 8)[:8]), s, eos_id=world.eos_id,
+        *world.padded((task.shards[0].prompts * 8)[:8]), s, eos_id=world.eos_ids,
         pad_id=world.pad_id, generator=generator(task.seed, "preflight"), generate=world.generate)
     valid = rollout.mask.bool()
 
@@ -86,8 +88,13 @@ def forward_checks(world, task) -> list[Check]:
 
     half, everything = slice(0, 4), slice(None)
     ratio = (logprobs(half, 0) - rollout.logprobs[half]).exp()
-    all_logprobs = ppo_core.score_tokens(policy, rollout.ids, rollout.attention, rollout.response,
-                                     rollout.mask, s.temperature)[1]
+    rows = rollout.ids, rollout.attention, rollout.response, rollout.mask
+    all_logprobs = ppo_core.score_tokens(policy, *rows, s.temperature)[1]
+    # The difference of log-probs that one row may have when it is computed in two ways: float32's
+    # rounding at the size of these logits, a few times.
+    logits = policy.response_forward(*rows[:2], rollout.prompt_length)[0][..., ~policy.forbidden]
+    size = logits.abs().max().item() / s.temperature
+    rounding = max(1e-4 if s.dtype == "float32" else 0.2, 8 * torch.finfo().eps * size)
     return [
         Check("ratio on the first minibatch, |ratio - 1|", worst(ratio - 1, half), rounding / 10,
               "old and new log-probs come from different forwards, temperatures or precisions, or "
@@ -99,15 +106,36 @@ def forward_checks(world, task) -> list[Check]:
               "the model does not honour attention_mask or position_ids"),
         Check("cached sampling against the training forward, log-probs",
               worst(cached_logprobs(policy, rollout, s.temperature) - rollout.logprobs), rounding,
-              "the key/value cache is wrong, or the model changes its logits after the output "
-              "embedding"),
-        Check(f"EOS id {world.eos_id} and pad id {world.pad_id} are two, difference",
-              abs(world.eos_id - world.pad_id), 1, "the tokenizer's pad token is its EOS",
-              floor=True),
+              "the key/value cache is wrong"),
+        *dtype_checks(policy, rollout, s),
         Check("EOS can be sampled, largest probability",
-              worst(all_logprobs[..., world.eos_id].exp()), 1e-4,
+              worst(all_logprobs[..., list(world.eos_ids)].exp().sum(-1)), 1e-4,
               "the model has not learned to end: a longer --response-length, or "
-              "--missing-eos-penalty 0", floor=True, fatal=False)]
+              "--missing-eos-penalty 0", floor=True, fatal=False),
+        *unknown_checks(world, worst, all_logprobs)]
+
+
+def dtype_checks(policy: ppo_core.Policy, rollout: ppo_core.Rollout, s) -> list[Check]:
+    """What --dtype costs, on the policy's own log-probs."""
+    if s.dtype == "float32":
+        return []
+    exact = type(policy)(policy.model, policy.forbidden, torch.float32)
+    rows = rollout.ids, rollout.attention, rollout.response, rollout.mask
+    error = (ppo_core.score_tokens(exact, *rows, s.temperature)[0] - rollout.logprobs).abs()
+    mean = ppo_core.masked_mean(error, rollout.mask).item()
+    return [Check(f"log-probs in {s.dtype} against float32, mean error in nats (largest "
+                  f"{error.max().item():.3g})", mean, 0.1, "use --dtype float32")]
+
+
+def unknown_checks(world, worst, all_logprobs: torch.Tensor) -> list[Check]:
+    """Whether the policy writes tokens that stand for no text."""
+    unknown = world.tokenizer.unk_token_id
+    if unknown is None or world.forbidden[unknown] or unknown in world.eos_ids:
+        return []
+    return [Check(f"the unknown token {world.tokenizer.unk_token} can be sampled, largest "
+                  "probability", worst(all_logprobs[..., unknown].exp()), 1e-3,
+                  "the model has learned to write it: it counts as a token, and rules and judges "
+                  "do not see it", fatal=False)]
 
 
 def cached_logprobs(

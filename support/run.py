@@ -36,7 +36,8 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
                      reward is given
     missed           null, or why this agent could not hear a peer in this round: `absent` (itself),
                      `agent 2 absent`, `agent 2 diverged`, `is an outlier`, `is not finite`,
-                     `has no finite log-probs`, `has another shape`
+                     `has no finite log-probs` (`here`: on this agent's prompts), `has another
+                     shape`, `the average has no finite log-probs`
 
 summary.json has per mode and seed: judge_initial and judge_final (means over agents), judge_auc
 (mean height of the judge's curve over updates), reward_final (own reward over the last round),
@@ -84,8 +85,11 @@ LARGE = 1e9  # bytes: the size of such a checkpoint is said
 class Run:
     """A run's folder while it goes on; a context that says how to go on when it is stopped."""
 
-    def __init__(self, s: Settings, command, agents: dict[str, int], matrix: list[list[float]]):
-        """command: of support.settings; agents: how many each mode trains. Raises UserError."""
+    def __init__(self, s: Settings, command, agents: dict[str, int], matrix: list[list[float]],
+                 deals: dict[int, list[dict]]):
+        """command: of support.settings; agents: how many each mode trains; deals: what each seed
+        deals to its agents. Raises UserError.
+        """
         self.settings, self.agents = s, agents
         self.rows: list[dict] = []
         self.samples: dict[str, list[dict]] = {}
@@ -98,11 +102,11 @@ class Run:
         config = self.folder / "config.json"
         try:
             if not self.resumed:
-                content = describe(s, command.reason, matrix)
+                content = describe(s, command.reason, matrix, deals)
                 write_text(config, json.dumps(content, indent=2) + "\n")
             self.lock = lock(config)
             if self.resumed:
-                if json.loads(config.read_text()).get("matrix") != matrix:
+                if json.loads(config.read_text(encoding="utf-8")).get("matrix") != matrix:
                     raise UserError(f"--resume {self.folder}: {s.topology} is no longer the matrix "
                                     "that the run was started with")
                 self.go_back()
@@ -381,7 +385,7 @@ def sync(path: Path) -> None:
 
 def lock(path: Path):
     """The file, open, and kept from other processes until it is closed. Raises UserError."""
-    file = path.open()
+    file = path.open(encoding="utf-8")
     try:
         import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -408,7 +412,7 @@ def new_folder(s: Settings) -> Path:
     return folder
 
 
-def describe(s: Settings, reason: str, matrix: list[list[float]]) -> dict:
+def describe(s: Settings, reason: str, matrix: list[list[float]], deals: dict) -> dict:
     """config.json: what ran, on what, and why this preset."""
     commit = None  # no git, or not a checkout of its own
     if (load.HOME / ".git").exists() and shutil.which("git"):
@@ -423,8 +427,8 @@ def describe(s: Settings, reason: str, matrix: list[list[float]]) -> dict:
             versions[package] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"settings": dataclasses.asdict(s), "preset": {"choice": s.preset, "reason": reason},
-            "matrix": matrix, "commit": commit, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": versions,
+            "matrix": matrix, "deals": deals, "commit": commit,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions,
             "hardware": {"machine": platform.machine(), "system": platform.system(),
                          "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}}
 
@@ -433,9 +437,11 @@ def save_agent(folder: Path, model, tokenizer, forbidden: torch.Tensor, s: Setti
     """A policy as a Hugging Face directory whose generation settings repeat the sampler's."""
     from safetensors import SafetensorError
     from transformers import GenerationConfig
+    ends = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=s.temperature, top_k=0, max_new_tokens=s.response_length,
-        max_length=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        max_length=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
         suppress_tokens=forbidden.nonzero()[:, 0].tolist())
     try:
         model.save_pretrained(folder)

@@ -24,14 +24,17 @@ import torch
 import kl
 import ppo_core
 from data import UserError
-from support import load
+from support import load, rows
 
 # ---------------------------------------------------------------------------------------- Settings
 
 
-def setting(tiny, help: str, *, group: str, pythia=None, choices: tuple = ()):
+SAME = object()
+
+
+def setting(tiny, help: str, *, group: str, pythia=SAME, choices: tuple = ()):
     """A field of Settings: its value in the preset tiny, and in pythia-70m where that differs."""
-    pythia = tiny if pythia is None else pythia
+    pythia = tiny if pythia is SAME else pythia
     meta = {"help": help, "group": group, "choices": choices, "pythia-70m": pythia}
     return dataclasses.field(default=tiny, metadata=meta)
 
@@ -66,16 +69,18 @@ class Settings:
         "equal to the bit only for equal numbers", pythia=0, group="run")
     dtype: str = setting(
         "float32", "of the policies' matrix products; the weights are float32 in any case. With "
-        "bfloat16 log-probs have errors, of about 0.01 on the model of tiny and more where logits "
-        "are large", group="run", choices=("float32", "bfloat16"))
+        "bfloat16 log-probs have errors, of about 0.001 on the model of tiny; --check says how "
+        "large they are on yours", group="run", choices=("float32", "bfloat16"))
 
     model: str = setting("tiny/model", "a causal LM: hub name or local folder",
                          pythia="EleutherAI/pythia-70m-deduped", group="model and data")
     dataset: str = setting(
-        "tiny/data", "preference pairs: hub name, save_to_disk folder, folder of .parquet or "
-        ".jsonl, or .jsonl file", pythia="trl-internal-testing/descriptiveness-sentiment-trl-style",
-        group="model and data")
+        "tiny/data", "preference pairs: a .jsonl, .json, .csv or .parquet file, a folder of them "
+        "or of save_to_disk data, or a hub name",
+        pythia="trl-internal-testing/descriptiveness-sentiment-trl-style", group="model and data")
     splits: tuple[str, ...] = setting((), "splits to use (default: all)", group="model and data")
+    split_column: str = setting("", "a column whose values are the splits, in place of the files",
+                                group="model and data")
     shards: str = setting(
         "split", "how data is dealt: iid, or each agent its own splits (tiny: topics)",
         pythia="iid", group="model and data", choices=("iid", "split"))
@@ -97,9 +102,11 @@ class Settings:
     reward_epochs: int = setting(4, "passes over the agent's pairs", pythia=2, group="reward")
     reward_pooling: str = setting("mean", "what the scalar head reads", pythia="last",
                                   group="reward", choices=("mean", "last"))
-    response_eos: bool = setting(
-        True, "preference texts shorter than --response-length have ended (EOS is appended); off "
-        "where the data's responses were cut", pythia=False, group="reward")
+    response_eos: bool | None = setting(
+        True, "preference texts shorter than --response-length have ended: EOS is appended, and "
+        "the reward model reads the EOS of rollouts; off where the data's responses were cut. With "
+        "a dataset of your own: on if at least half of them are shorter", pythia=False,
+        group="reward")
     missing_eos_penalty: float = setting(
         1.0, "subtracted from the normalised score of a response without EOS", pythia=0.0,
         group="reward")
@@ -200,6 +207,10 @@ def parse(argv: list[str], modes: dict) -> Command:
             settings = dataclasses.replace(settings, judge="heldout")
             reason += ("; the tiny world's judge does not know this dataset, so a held-out reward "
                        "model judges")
+        known = preset == "tiny" and load.embedded(settings.dataset)
+        known = known or settings.dataset == PRESETS[preset]["dataset"]
+        if "response_eos" not in given and not known:
+            settings = dataclasses.replace(settings, response_eos=None)  # world.py decides
         settings = decided(settings)
     check(settings, modes)
     return Command(settings, reason, resume, check_only)
@@ -225,7 +236,7 @@ def parser(modes: dict) -> Parser:
         shown = values[0] if len(set(values)) == 1 else "tiny: {}; pythia-70m: {}".format(*values)
         text = f"{field.metadata['help']} [{shown}]".replace("%", "%%")
         choices = tuple(modes) if name == "mode" else field.metadata["choices"]
-        if field.type is bool:
+        if field.type == bool | None:
             options = {"action": argparse.BooleanOptionalAction}
         else:
             many = typing.get_origin(field.type) is tuple
@@ -312,6 +323,9 @@ def check_combinations(s: Settings, modes: dict) -> None:
     if s.outlier and not listening:
         raise UserError("--outlier chooses among the policies that --mode federated and merged "
                         f"exchange, and has no part in {show(s.mode)}")
+    if s.participation < 1 and not any(modes[name].exchanges for name in s.mode):
+        raise UserError(f"--participation {s.participation:g} is of exchanges, of which "
+                        f"{show(s.mode)} has none")
     deaf = [name for name in listening if not modes[name].moves]
     if s.anchor == 1 and deaf:
         raise UserError(f"--anchor 1 leaves {show(tuple(deaf))} no peer to listen to: that is "
@@ -329,7 +343,7 @@ def check_places(s: Settings) -> None:
     for name in ("model", "dataset"):
         path = load.home(getattr(s, name))
         # No name of the hub's looks like this.
-        local = Path(path).suffix in (".jsonl", ".json") or path.startswith(("/", ".", "~"))
+        local = Path(path).suffix in (*rows.KINDS, ".gz") or path.startswith(("/", ".", "~"))
         if local and not Path(path).exists():
             raise UserError(f"{flag(name)} {path}: there is no such file or folder")
 
@@ -354,7 +368,7 @@ def of_type(value, kind) -> bool:
 def resumed(folder: str, given: dict, modes: dict) -> tuple[Settings, str]:
     """The settings of a run to continue; a flag that says otherwise is an error. -> (they, why)."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         values = {name: tuple(value) if isinstance(value, list) else value
                   for name, value in config["settings"].items()}
         if values.keys() != FIELDS.keys():

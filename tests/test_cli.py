@@ -14,7 +14,7 @@ import worlds
 
 import data
 import fedppo
-from support import load
+from support import load, rows
 
 
 @pytest.fixture
@@ -119,10 +119,10 @@ def lines(rows):
 
 
 GOOD = lines(changed())
-CELLS = "row 7: prompt, chosen and rejected must be"
+CELLS = "must be a string or a list of chat messages"
 BAD_ROWS = {  # what a jsonl file holds: what the error says
-    "empty prompt": (lines(changed(prompt="")), "row 7: the prompt is empty"),
-    "blank prompt": (lines(changed(prompt=" \n\t ")), "row 7: the prompt is empty"),
+    "empty prompt": (lines(changed(prompt="")), "line 8: the prompt is empty"),
+    "blank prompt": (lines(changed(prompt=" \n\t ")), "line 8: the prompt is empty"),
     "empty responses": (lines([row | {"chosen": "", "rejected": " "} for row in changed()]),
                         "all of its 40 rows"),
     "equal responses": (lines(worlds.text_rows(40, equal=40)), "all of its 40 rows"),
@@ -130,17 +130,15 @@ BAD_ROWS = {  # what a jsonl file holds: what the error says
                    "1 distinct prompts"),
     "no rejected": (lines([{"prompt": "a", "chosen": "b", "other": "c"}]), "column 'rejected'"),
     "a long prompt": (lines(changed(prompt="x" * 100_000)), "context of 64"),
-    "half a surrogate pair": (lines(changed(chosen="a \ud800")), "row 7 is not valid Unicode"),
+    "half a surrogate pair": (lines(changed(chosen="a \ud800")), "line 8: is not valid Unicode"),
     "null": (lines(changed(chosen=None)), CELLS), "a number": (lines(changed(rejected=3)), CELLS),
     "a list of strings": (lines(changed(chosen=["a"])), CELLS),
     "no content": (lines(changed(chosen=[{"role": "assistant"}])), CELLS),
     "no assistant": (lines(changed(chosen=[{"role": "user", "content": "a"}])), CELLS),
-    "a byte order mark": (b"\xef\xbb\xbf" + GOOD, "BOM"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "not UTF-8"), "zip": (b"PK\x03\xff", "not UTF-8"),
     "latin-1": (b'{"prompt": "caf\xe9"}\n', "not UTF-8"), "nothing": (b"", "is empty"),
     "blank lines": (b"\n \n\n", "is empty"),
-    "a JSON list": (json.dumps(changed()).encode(), "line 1 is not a JSON object"),
-    "numbers": (b"1\n2\n3\n", "line 1 is not a JSON object"),
+    "numbers": (b"1\n2\n3\n", "line 1: is not a JSON object (and 2 more such rows)"),
     "a cut line": (GOOD[:-9], "line 40 is not JSON")}
 
 
@@ -154,11 +152,11 @@ def test_bad_rows_are_named(refused, tmp_path, name):
 
 def test_odd_rows_are_taken(base, tmp_path):
     """Emoji, a zero byte, other scripts, an empty response and a very long one are text too."""
-    rows = worlds.text_rows(40)
+    table = worlds.text_rows(40)
     odd = ({"prompt": "The 🎉 was", "chosen": "👍🏽 and 🎉."}, {"chosen": "a\0b"},
            {"prompt": "汤很", "rejected": "שלום"}, {"rejected": ""}, {"chosen": "x" * 100_000})
-    rows[3:8] = [row | cells for row, cells in zip(rows[3:8], odd, strict=True)]
-    dataset = str(worlds.write_jsonl(tmp_path / "rows.jsonl", rows))
+    table[3:8] = [row | cells for row, cells in zip(table[3:8], odd, strict=True)]
+    dataset = str(worlds.write_jsonl(tmp_path / "rows.jsonl", table))
     assert fedppo.main([*base, "--dataset", dataset, "--pairs", "14"]) == 0, "every row is used"
 
 
@@ -196,9 +194,9 @@ def test_what_fits_is_told_right(base):
 def test_a_seed_without_enough_data_is_refused_before_the_first_one_is_trained(refused, tmp_path):
     """Which prompts are held out depends on the seed: some leave agent 1 fewer rows than needed."""
     for split, n in (("a", 30), ("b", 8)):
-        rows = [row | {"prompt": f"{row['prompt']} {split}"} for row in worlds.text_rows(n)]
-        worlds.write_jsonl(tmp_path / "set" / f"{split}.jsonl", rows)
-    pairs, _ = load.load_pairs(str(tmp_path / "set"))
+        table = [row | {"prompt": f"{row['prompt']} {split}"} for row in worlds.text_rows(n)]
+        worlds.write_jsonl(tmp_path / "set" / f"{split}.jsonl", table)
+    pairs = rows.load_pairs(str(tmp_path / "set")).pairs
 
     def enough(seed):
         with contextlib.suppress(data.UserError):
@@ -224,7 +222,8 @@ BAD_MODELS = {  # what is done to a good folder: what the error says
     "tokenizer gone": (lambda x: [file.unlink() for file in x.glob("tokenizer*")], "error: "),
     "tokenizer is empty": (lambda x: (x / "tokenizer.json").write_text("{}"), NONE),
     "no EOS": (lambda x: worlds.save_tokenizer(x, eos=False), "no EOS token"),
-    "no pad": (lambda x: worlds.save_tokenizer(x, padding=False), "no pad token"),
+    "a LoRA adapter": (lambda x: (x / "config.json").rename(x / "adapter_config.json"),
+                       "LoRA adapter"),
     "too few rows": (lambda x: worlds.save_model(x, vocab_size=100), "ids go to 319, the embed"),
     "everything gone": (lambda x: [file.unlink() for file in x.iterdir()], NONE),
     "folder gone": (shutil.rmtree, "there is no such file or folder")}
@@ -307,8 +306,8 @@ def test_one_that_fails_later_leaves_the_folders_name_free(base, tmp_path, mine,
 
 
 def test_a_reward_that_is_a_rule_needs_prompts_alone(base, refused, tmp_path, mine):
-    rows = [{"prompt": f"The room {i} was"} for i in range(9)]
-    flags = ["--dataset", str(worlds.write_jsonl(tmp_path / "prompts.jsonl", rows)), "--reward",
+    table = [{"prompt": f"The room {i} was"} for i in range(9)]
+    flags = ["--dataset", str(worlds.write_jsonl(tmp_path / "prompts.jsonl", table)), "--reward",
              f"{mine}:length"]
     said(refused(*flags, "--judge", "heldout"),
          ["no column 'chosen'", "--judge that is one too, or none"])

@@ -1,5 +1,6 @@
 """data.py: shards that share nothing, reward models that learn, scorers and random streams."""
 
+import copy
 import hashlib
 import math
 import random
@@ -10,6 +11,7 @@ import torch
 import worlds
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTNeoXForCausalLM
 
 import data
@@ -49,15 +51,21 @@ def test_nothing_is_shared_between_agents_judge_and_evaluation(
         assert "lower --" in str(error) and "\n" not in str(error)
         assume(False)
     assert len(eval_prompts) == len(set(eval_prompts)) == n_eval and len(shards) == n_agents
-    assert len(judge) == n_judge
+    assert n_judge <= len(judge) < n_judge + 10 * repeats
     owned = judge + [pair for shard in shards for pair in shard.train + shard.heldout]
     assert len(set(owned)) == len(owned) and set(owned) <= set(pairs)  # none twice, none made up
-    seen = {pair.prompt for pair in owned} | {p for shard in shards for p in shard.prompts}
-    assert not seen & set(eval_prompts)
+    # Detail 32: no prompt in two of the evaluation, the judge, an agent's two parts, two agents.
+    of = [{pair.prompt for pair in part} for part in (
+        judge, *(part for shard in shards for part in (shard.train, shard.heldout)))]
+    assert sum(map(len, of)) + n_eval == len(set().union(*of, eval_prompts))
+    prompts = [set(shard.prompts) for shard in shards]
+    assert sum(map(len, prompts)) == len(set().union(*prompts))
+    assert not set().union(*prompts) & (set(eval_prompts) | of[0])
     for i, shard in enumerate(shards):
         assert len(shard.train) == n_pairs and shard.heldout
         assert len(set(shard.prompts)) == len(shard.prompts) > 0
         assert {pair.prompt for pair in shard.train + shard.heldout} <= set(shard.prompts)
+        assert shard.rows == sum(pair.prompt in shard.prompts for pair in pairs)
         if how == "split":
             splits = sorted({pair.split for pair in pairs})
             assert set(splits_of(shard)) <= set(splits[i::n_agents] or [splits[i % len(splits)]])
@@ -90,6 +98,19 @@ def test_with_fewer_splits_than_agents_those_of_a_split_share_its_rows():
         assert len({prompt for i in agents for prompt in shards[i].prompts}) == sum(sizes)
 
 
+def test_a_prompt_in_two_splits_has_one_owner():
+    """Ten prompts stand in both splits: every one is one agent's, with its own split's rows."""
+    pairs = [Pair(f"p{i}", f"{split} good {i}", f"bad {i}", split) for split in "ab"
+             for i in range(10)]
+    _, shards, _ = shards_of(pairs, 2, "split", n_pairs=1, n_eval=2)
+    assert sorted(p for shard in shards for p in shard.prompts) == sorted(
+        {p for shard in shards for p in shard.prompts}) and all(s.prompts for s in shards)
+    for shard, split in zip(shards, "ab", strict=True):
+        assert {pair.split for pair in shard.train + shard.heldout} == {split}
+        assert shard.splits == (split,) and shard.rows == len(shard.prompts)
+    assert sum(shard.rows for shard in shards) == 8
+
+
 def test_the_seed_alone_decides_who_gets_what():
     pairs = pairs_of("a", 40)
     assert shards_of(pairs, 2, "iid", seed=0) != shards_of(pairs, 2, "iid", seed=1)
@@ -101,7 +122,8 @@ def test_the_seed_alone_decides_who_gets_what():
     (9, 1, 2, 0, "10 distinct prompts are too few for 9 agents and 2 evaluation prompts"),
     (2, 1, 9, 0, "10 distinct prompts are too few for 2 agents and 9 evaluation prompts"),
     (2, 4, 2, 0, "1 of them held out, and --pairs asks for 4: lower --pairs to 3"),
-    (6, 1, 2, 5, "usable preference rows .* lower --agents")])  # the judge leaves 3 rows for 6
+    (6, 1, 2, 5, "agent 3 has no prompt .* lower --eval-prompts or --agents"),  # 3 rows for 6
+    (3, 1, 2, 5, "usable preference rows .* lower --agents")])  # one row each, which is held out
 def test_too_little_data_says_what_to_lower(agents, n_pairs, n_eval, n_judge, says):
     with pytest.raises(UserError, match=says) as error:
         shards_of(pairs_of("a", 10), agents, "iid", n_pairs, n_eval, n_judge=n_judge)
@@ -183,6 +205,84 @@ def test_an_empty_response_is_eos_alone(tokenizer):
     embedded = AutoTokenizer.from_pretrained(load.home("tiny/model"))
     for each in (tokenizer, embedded):
         assert data.encode_response(each, "", 5, eos=True) == [each.eos_token_id]
+
+
+def framed(tokenizer, before, after):
+    """A copy that puts special tokens around every text, as Llama's and T5's do."""
+    twin = copy.deepcopy(tokenizer)
+    special = [(token, twin.convert_tokens_to_ids(token)) for token in {*before, *after}]
+    twin.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*before, "$A", *after], special_tokens=special)
+    return twin
+
+
+def test_what_a_tokenizer_puts_around_a_text_stands_before_prompts_alone_and_once(tokenizer):
+    end = tokenizer.eos_token
+    plain = tokenizer("The room was")["input_ids"]
+    for before, after, ids in (([], [end], plain), ([end], [], [0, *plain]),
+                               ([end], [end], [0, *plain]), ([], [], plain)):
+        twin = framed(tokenizer, before, after)
+        assert data.encode_prompts(twin, ["The room was"]) == [ids]
+        if before:  # BOS in the text already
+            assert data.encode_prompts(twin, [end + "The room was"]) == [ids]
+        assert data.encode_prompts(twin, ["The room was" + end]) == [ids]
+        assert data.encode_prompts(twin, ["The room was"], templated=True) == [plain]
+        response = data.encode_response(twin, "lovely", 9, eos=True, prompt="The room was")
+        assert response == [*tokenizer(" lovely")["input_ids"], 0]
+
+
+def test_special_tokens_in_a_response_end_it_or_are_text(tokenizer):
+    end, padding = tokenizer.eos_token, "<|padding|>"
+    ids = tokenizer(" lovely")["input_ids"]
+    for text in (f"lovely{end}", f"lovely {end}", f"lovely {end} and so on {end}"):
+        assert data.encode_response(tokenizer, text, 9, eos=True) == [*ids, 0]
+        assert data.encode_response(tokenizer, text, 9, eos=False) == ids
+    assert data.encode_response(tokenizer, end, 9, eos=True) == [0]
+    found = data.encode_response(tokenizer, f"lovely {padding}", 99, eos=False)
+    assert 1 not in found and tokenizer.decode(found) == f" lovely {padding}"
+    assert tokenizer(padding)["input_ids"] == [1], "the tokenizer is as it was"
+
+
+def test_a_tokenizer_that_prepends_a_space_is_not_asked_for_two():
+    """Llama 2 has a Prepend normalizer: what follows a prompt is not what a text begins with."""
+    tokenizer = worlds.prepending_tokenizer()
+    whole = tokenizer("The room was lovely", add_special_tokens=False)["input_ids"]
+    alone = tokenizer(" lovely", add_special_tokens=False)["input_ids"]
+    prompt, = data.encode_prompts(tokenizer, ["The room was"])
+    response = data.encode_response(tokenizer, "lovely", 99, eos=False)
+    assert prompt + response == whole and whole[-len(alone):] != alone
+    assert data.encode_response(tokenizer, "lovely", 99, False, "The room was") == response
+    templated = data.encode_response(tokenizer, "lovely", 99, False, "[/INST]\n", "")
+    assert tokenizer.decode(templated) == "lovely"
+
+
+def test_a_prompt_is_shown_as_the_dataset_has_it(tokenizer):
+    """Decoding would drop special tokens and change spaces: a rule reads the text of the row."""
+    text = "<|endoftext|> The  room\t was"
+    ids, mask = data.pad([tokenizer(text)["input_ids"], tokenizer("The song")["input_ids"]], 1,
+                         "left")
+    response = data.pad([[0], [0]], 1, "right")
+    seen = []
+
+    def rule(prompts, responses, ended):
+        seen.extend(prompts)
+        return [0.0] * len(prompts)
+    texts = {tuple(tokenizer(text)["input_ids"]): text}
+    data.text_scorer(rule, "rule", tokenizer, texts)(ids, mask, *response)
+    assert seen == [text, "The song"]
+
+
+def test_any_of_several_ids_ends_a_response(tokenizer):
+    ends = []
+
+    def rule(prompts, responses, ended):
+        ends.append(ended)
+        return [0.0] * len(prompts)
+    prompt = data.pad([[5], [5], [5]], 1, "left")
+    response = data.pad([[7, 0], [7, 9], [7, 8]], 1, "right")
+    data.text_scorer(rule, "rule", tokenizer, eos_id=(0, 9))(*prompt, *response)
+    data.text_scorer(rule, "rule", tokenizer)(*prompt, *response)
+    assert ends == [[True, True, False], [True, False, False]]
 
 
 def test_decode_skips_special_and_padded_tokens(tokenizer):
@@ -277,7 +377,7 @@ def test_the_reward_model_is_a_copy_of_the_trunk_with_a_small_random_head(causal
     assert model.head.bias.item() == 0
     wide = torch.nn.Module()
     wide.base_model, wide.device = torch.nn.Identity(), "cpu"
-    wide.config = type("", (), {"hidden_size": 9999})
+    wide.get_output_embeddings = lambda: torch.nn.Linear(9999, 1)
     assert 0.0097 < reward_model(wide, "mean").head.weight.std() < 0.0103  # 1/sqrt(10000)
 
 

@@ -1,7 +1,7 @@
 """The details that PPO for language models and a federation of it must get right.
 
 Most are mistakes that published implementations shipped. In reading order: the detail, the file and
-function where it is kept (load is support/load.py). The test of each number fails if its detail is
+function where it is kept (load and rows: support/). The test of each number fails if its detail is
 broken.
 
      1  Padding never matters: positions count real tokens             ppo_core.position_ids
@@ -29,10 +29,15 @@ broken.
     23  A seed makes named random streams per agent and purpose        data.generator
     24  W = identity is `isolated`; `classic` is one fixed reference   fedppo.cooperate, MODES
     25  Optimizer state and schedule live through exchanges            fedppo.Agent
-    26  Rows with chosen == rejected are counted and dropped           load.load_pairs
+    26  Rows with chosen == rejected are counted and dropped           rows.load_pairs
     27  Prompt and response are joined by exactly one space            data.encode_response
     28  The reward model is trained, trunk and head                    data.fit_reward_model
     29  Weights are float32, whatever the checkpoint is                load.load_model
+    30  A number added to all logits costs no digits                   ppo_core.Head
+    31  The reward model scores texts of the form it was fitted to     data.model_scorer
+    32  Rows are dealt by prompt; pairs that are equal when cut go     data.make_shards
+    33  Any id may be the pad, EOS too: masks decide                   load.choose_pad
+    34  Before news has come, `federated` is `isolated`                fedppo.train
 """
 
 import copy
@@ -71,20 +76,21 @@ import kl
 import ppo_core
 from data import UserError
 from ppo_core import PENALTIES, gae, generate, penalised_rewards, ppo_loss, score_tokens
-from support import load, preflight
+from support import fast, load, preflight, rows
 from support.settings import Settings, parse
 
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 
 
 def test_the_list_of_details_is_that_of_the_tests_and_names_what_is_there():
-    modules = {"ppo_core": ppo_core, "fedppo": fedppo, "data": data, "load": load}
+    modules = {"ppo_core": ppo_core, "fedppo": fedppo, "data": data, "load": load,
+               "rows": rows}
     lines = [line for line in __doc__.splitlines() if line.startswith("    ")]
     for line in lines:
         module, names = line[71:].split(".", 1)
         assert all(operator.attrgetter(name)(modules[module]) for name in names.split(", ")), line
     tested = {int(name[12:14]) for name in globals() if name.startswith("test_detail_")}
-    assert [int(line[:6]) for line in lines] == sorted(tested) == list(range(1, 30))
+    assert [int(line[:6]) for line in lines] == sorted(tested) == list(range(1, 35))
 
 
 def largest(x: torch.Tensor) -> float:
@@ -272,8 +278,8 @@ def test_detail_06_old_logprobs_come_from_the_training_forward(toy_policy, small
     policy, s = moved(toy_policy()), small_settings(response_length=10, temperature=0.7)
     rollout = roll(policy, s)
     assert torch.equal(scored(policy, rollout, 0.7)[0], rollout.logprobs)
-    for rows in torch.randperm(8, generator=stream()).split(2):
-        ratio = (scored(policy, rollout, 0.7, rows)[0] - rollout.logprobs[rows]).exp()
+    for part in torch.randperm(8, generator=stream()).split(2):
+        ratio = (scored(policy, rollout, 0.7, part)[0] - rollout.logprobs[part]).exp()
         assert largest(ratio - 1) < 1e-5
     assert not rollout.logprobs.requires_grad and rollout.logprobs.dtype == torch.float32
 
@@ -750,12 +756,12 @@ def test_detail_25_optimizer_and_schedule_live_through_exchanges(three, mode):
 def test_detail_26_equal_pairs_are_counted_reported_and_dropped(
         tmp_path, small_model, monkeypatch, capsys):
     """They never reach a reward model."""
-    for rows in (worlds.text_rows(40, equal=10), worlds.chat_rows(40, equal=10)):
-        rows[11]["rejected"] = rows[11]["chosen"]
-        path = worlds.write_jsonl(tmp_path / "pairs.jsonl", rows)
-        pairs, dropped = load.load_pairs(str(path))
-        assert len(pairs) == 29 and dropped == 11
-        assert all(pair.chosen != pair.rejected for pair in pairs)
+    for table in (worlds.text_rows(40, equal=10), worlds.chat_rows(40, equal=10)):
+        table[11]["rejected"] = table[11]["chosen"]
+        path = worlds.write_jsonl(tmp_path / "pairs.jsonl", table)
+        loaded = rows.load_pairs(str(path))
+        assert len(loaded.pairs) == 29 and loaded.dropped == {rows.EQUAL: 11}
+        assert all(pair.chosen != pair.rejected for pair in loaded.pairs)
     fitted = []
 
     def stop(world, train, heldout, source):
@@ -766,7 +772,8 @@ def test_detail_26_equal_pairs_are_counted_reported_and_dropped(
         "--preset", "tiny", "--device", "cpu", "--model", str(small_model), "--dataset", str(path),
         "--agents", "1", "--pairs", "10", "--eval-prompts", "4", "--judge", "none", "--check"]) == 2
     said = capsys.readouterr()
-    assert "stop here" in said.err and "dropped 11 rows" in said.out
+    assert "stop here" in said.err
+    assert "29 preference pairs of 40 rows; dropped: 11 since chosen and" in said.out
     assert len(fitted) > 10 and all(pair.chosen != pair.rejected for pair in fitted)
 
 
@@ -775,10 +782,13 @@ def test_detail_27_prompt_and_response_are_joined_by_one_space(tmp_path, small_m
     tokenizer = load.load_model(str(small_model), "cpu")[1]
     for prompt, chosen in (("The soup was", "calm and grey."), ("The soup was ", " calm and grey."),
                            ("The soup was", "\n calm and grey. ")):
-        rows = worlds.chat_rows(1)
-        rows[0]["prompt"] = prompt
-        rows[0]["chosen"][1]["content"] = chosen
-        (pair,), _ = load.load_pairs(str(worlds.write_jsonl(tmp_path / "one.jsonl", rows)))
+        table = worlds.chat_rows(1)
+        for name, said in (("chosen", chosen), ("rejected", "dull.")):
+            table[0][name] = [{"role": "user", "content": prompt},
+                              {"role": "assistant", "content": said}]
+        table[0]["prompt"] = prompt
+        path = worlds.write_jsonl(tmp_path / "one.jsonl", table)
+        pair, = rows.load_pairs(str(path)).pairs
         prompt, = data.encode_prompts(tokenizer, [pair.prompt])
         ids = prompt + data.encode_response(tokenizer, pair.chosen, 24, eos=False)
         assert tokenizer.decode(ids) == "The soup was calm and grey."
@@ -792,9 +802,9 @@ def test_detail_28_the_reward_model_is_trained(tiny_world, monkeypatch):
     """Trunk and head, on the agent's own pairs, which it learns to order; and it is what scores."""
     scoring, fitted, scorer, fit = [], [], data.model_scorer, data.fit_reward_model
 
-    def scorer_spy(model):
+    def scorer_spy(model, *args):
         scoring.append(model)
-        return scorer(model)
+        return scorer(model, *args)
 
     def fit_spy(model, pairs, *args, **options):
         start = copy.deepcopy(model)
@@ -826,3 +836,117 @@ def test_detail_29_training_is_float32_whatever_the_checkpoint_is(
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     logits, _ = policy.response_forward(torch.tensor([[5, 6, 7]]), torch.ones(1, 3), 2)
     assert logits.dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------- real models and data
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("offset", [0, 300, 1070, -100])
+def test_detail_30_a_number_added_to_all_logits_costs_no_digits(tmp_path, offset, tied):
+    """Pythia-70M's logits lie near 1,070, where bfloat16 has steps of 8. float64 is the oracle."""
+    worlds.save_offset_model(tmp_path, offset, tied)
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    notes = []
+    model, _, forbidden = load.load_model(str(tmp_path), "cpu", notes.append)
+    assert ["in common" in note for note in notes] == [True] * (offset != 0 and not tied)
+    ids = torch.randint(2, 300, (4, 20), generator=stream())
+    logits = exact(input_ids=ids).logits[:, 9:-1].masked_fill(forbidden, -torch.inf)
+    assert offset == 0 or logits[..., ~forbidden].mean().item() == pytest.approx(offset, rel=0.02)
+    wanted = logits.log_softmax(-1).gather(-1, ids[:, 10:, None])[..., 0].detach()
+    for kind in (fast.policy, ppo_core.Policy):
+        for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+            policy, mask = kind(model, forbidden, dtype), torch.ones_like(ids)
+            found, _, values = score_tokens(policy, ids, mask, ids[:, 10:], mask[:, 10:], 1.0)
+            assert found.dtype == values.dtype == torch.float32
+            error = (found - wanted).abs()
+            assert (error.max() if dtype == torch.float32 else error.mean()) < limit
+            with torch.no_grad():  # the sampler too
+                sampled = policy.decoder(mask[:, :10], 1)(ids[:, :10]).log_softmax(-1)
+            error = (sampled.gather(-1, ids[:, 10:11])[:, 0] - wanted[:, 0]).abs()
+            assert error.mean() < limit
+
+
+def test_detail_31_the_reward_model_scores_texts_of_the_form_it_was_fitted_to(tiny_world):
+    """With any EOS as the one that it knows, or without; the accuracy is of the same form."""
+    world, texts = tiny_world, [[12, 42], [12, 7, 42]]
+    model = data.RewardModel(world.model, "last", stream())
+    prompt = data.pad([[5, 6], [5, 6]], world.pad_id, "left")
+    with torch.no_grad():
+        known, other, bare = (model(*data.pad([[5, 6, *text, *end] for text in texts],
+                                              world.pad_id, "right"))
+                              for end in ([world.eos_id], [9], []))
+    assert largest(known - bare) > 1e-3 and largest(other - known) > 1e-3
+    eos = (world.eos_id, 9)
+    for end in eos:
+        sampled = data.pad([[*text, end] for text in texts], world.pad_id, "right")
+        assert largest(data.model_scorer(model, eos, True)(*prompt, *sampled) - known) < 1e-5
+        assert largest(data.model_scorer(model, eos, False)(*prompt, *sampled) - bare) < 1e-5
+    for with_eos in (True, False):  # what is fitted and measured has the form that is scored
+        fitted = world_with(world, response_eos=with_eos).pair_ids(world.pairs[:20])
+        assert any(world.eos_id in ids for pair in fitted for ids in pair) is with_eos
+
+
+@pytest.mark.parametrize("length, ends, share", [(24, True, "100%"), (3, False, "0%")])
+def test_detail_31_how_responses_end_is_decided_by_what_is_seen(
+        small_model, small_settings, tmp_path, length, ends, share):
+    path = worlds.write_jsonl(tmp_path / "pairs.jsonl", worlds.text_rows(30))
+    settings = small_settings(model=str(small_model), dataset=str(path), response_eos=None,
+                              judge="none", response_length=length)
+    world = fedppo.World(settings)
+    assert world.settings.response_eos is ends
+    assert any(note.startswith(f"{share} of the responses are shorter") for note in world.notes)
+    told = fedppo.World(replace(settings, response_eos=not ends))
+    assert told.settings.response_eos is not ends and len(told.notes) == len(world.notes) - 1
+
+
+def test_detail_32_no_prompt_is_in_two_parts_and_equal_pairs_are_dropped(
+        small_model, small_settings, tmp_path):
+    """Five copies of each row, labels by coin: a reward model that saw the copies would know."""
+    table = worlds.text_rows(40) * 5 + [
+        {"prompt": f"The trip {i} was", "chosen": "calm and " * 9 + "dull", "rejected":
+         "calm and " * 9 + "grey"} for i in range(3)]
+    path = worlds.write_jsonl(tmp_path / "pairs.jsonl", table)
+    settings = small_settings(model=str(small_model), dataset=str(path), judge="heldout",
+                              response_length=6, pairs=6, shards="iid")
+    world = fedppo.World(settings)
+    assert len(world.pairs) == 40 and world.total == 203
+    assert dict(world.dropped) == {
+        rows.DUPLICATE: 160, "they are the same in their first 6 tokens": 3}
+    eval_prompts, shards, judge = fedppo.deal_rows(world, 0)
+    parts = [judge, *(part for shard in shards for part in (shard.train, shard.heldout))]
+    prompts = [prompt for part in parts for prompt in {pair.prompt for pair in part}]
+    assert len({*prompts, *eval_prompts}) == len(prompts) + len(eval_prompts)
+
+
+def test_detail_33_any_id_may_be_the_pad(toy_policy, small_settings):
+    """EOS too: samples, masks, log-probs and the gradient do not depend on which id it is."""
+    s = small_settings(response_length=8)
+    results = []
+    for pad_id in (PAD, EOS, 7):
+        policy = toy_policy()
+        response, mask = generate(policy, *data.pad(PROMPTS, pad_id, "left"), 8, temperature=1.0,
+                                  eos_id=EOS, pad_id=pad_id, generator=stream())
+        prompt, prompt_mask = data.pad(PROMPTS, pad_id, "left")
+        rollout = ppo_core.collect(
+            policy, [toy_policy(1)], ONE, policy, mean_id, prompt, prompt_mask, s, eos_id=EOS,
+            pad_id=pad_id, generator=stream())
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+        metrics = ppo_core.optimise(policy, optimizer, rollout, ONE, 0.5, s, stream())
+        results.append((response * mask, mask, rollout.logprobs, weights_of(policy), metrics))
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
+        assert largest(results[0][2] - other[2]) < 1e-5
+        assert largest(results[0][3] - other[3]) < 1e-5
+        assert other[4] == pytest.approx(results[0][4], rel=1e-3, abs=1e-6)
+    last = mask.sum(1).long() - 1
+    assert (response[torch.arange(len(mask)), last] == EOS).any(), "EOS itself has mask 1"
+
+
+def test_detail_34_before_news_has_come_federated_is_isolated(three):
+    """The first exchange is of initial policies: one round of either is the same run."""
+    world, task = three
+    world = world_with(world, rounds=1, beta=0.3, lr=1e-3)
+    one, other = (train(world, task, mode)[0] for mode in ("isolated", "federated"))
+    for a, b in zip(one, other, strict=True):
+        assert largest(weights_of(a.policy) - weights_of(b.policy)) < 1e-6

@@ -1,4 +1,4 @@
-"""support/load.py: every form of dataset, model, reward, judge and matrix, and all that is none."""
+"""support/load.py: every form of model, reward, judge and matrix, and all that is none."""
 
 import contextlib
 import json
@@ -10,7 +10,6 @@ import threading
 import time
 import urllib.request
 
-import datasets
 import pytest
 import torch
 import worlds
@@ -20,21 +19,9 @@ from transformers import (
     GPTNeoXModel,
     PreTrainedTokenizerFast,
 )
+from worlds import refused
 
-from data import UserError
 from support import load
-
-TEXT, CHAT = worlds.text_rows(6), worlds.chat_rows(6)
-EXPECTED = [(row["prompt"], row["chosen"], row["rejected"]) for row in TEXT]
-
-
-@contextlib.contextmanager
-def refused(says):
-    """What is inside raises a UserError of one line in which the pattern `says` stands."""
-    with pytest.raises(UserError, match=says) as error:
-        yield
-    assert "\n" not in str(error.value)
-
 
 # ------------------------------------------------------------------------------------------ places
 
@@ -52,178 +39,6 @@ def test_the_embedded_world_is_found_from_anywhere(tmp_path, monkeypatch):
     for spec, theirs in (("tiny/judge.py:score", False), (f"{given}:score", False),
                          (f"{own}:score", True), ("heldout", False), ("folder", False)):
         assert load.users_code(spec) is theirs
-
-
-# --------------------------------------------------------------------------------- preference rows
-
-
-def read(path, *args, **kwargs):
-    pairs, dropped = load.load_pairs(str(path), *args, **kwargs)
-    return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs], dropped
-
-
-def read_rows(folder, rows, **kwargs):
-    return read(worlds.write_jsonl(folder / "set.jsonl", rows), **kwargs)
-
-
-def splits_of(path):
-    return [pair.split for pair in load.load_pairs(str(path))[0]]
-
-
-def jsonl_file(folder, splits):
-    ((name, rows),) = splits.items()
-    return worlds.write_jsonl(folder / f"{name}.jsonl", rows)
-
-
-def jsonl_folder(folder, splits):
-    for name, rows in splits.items():
-        worlds.write_jsonl(folder / f"{name}.jsonl", rows)
-    return folder
-
-
-def parquet(pattern, parts=1):
-    """A form that writes each split in so many files, named by the pattern."""
-    def write(folder, splits):
-        for name, rows in splits.items():
-            for part in range(parts):
-                path = folder / pattern.format(name=name, part=part)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                size = len(rows) // parts
-                some = rows[part * size:(part + 1) * size]
-                datasets.Dataset.from_list(some).to_parquet(path)
-        return folder
-    return write
-
-
-def disk_dict(folder, splits):
-    tables = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
-    datasets.DatasetDict(tables).save_to_disk(folder)
-    return folder
-
-
-def disk_table(folder, splits):
-    ((name, rows),) = splits.items()
-    datasets.Dataset.from_list(rows, split=name).save_to_disk(folder)
-    return folder
-
-
-FORMS = {
-    "jsonl folder": jsonl_folder,
-    "parquet, plain names": parquet("{name}.parquet"),
-    "parquet, one part": parquet("{name}-00000-of-00001.parquet"),
-    "parquet, in data/ and two parts": parquet("data/{name}-{part:05}-of-00002.parquet", parts=2),
-    "parquet, as the hub converts": parquet("{name}/{part:04}.parquet", parts=2),
-    "saved DatasetDict": disk_dict,
-}
-ONE_SPLIT = FORMS | {"jsonl file": jsonl_file, "saved Dataset": disk_table}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Parquet files are turned into arrow files: here, not in the home directory."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.mark.parametrize("rows", [TEXT, CHAT], ids=["strings", "chat messages"])
-@pytest.mark.parametrize("form", ONE_SPLIT)
-def test_every_form_of_a_dataset_gives_the_same_pairs(tmp_path, form, rows):
-    path = ONE_SPLIT[form](tmp_path / "set", {"sentiment": rows})
-    assert read(path) == (EXPECTED, 0) and set(splits_of(path)) == {"sentiment"}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_several_splits_are_kept_apart_and_can_be_chosen(tmp_path, form):
-    splits = {"descriptiveness": CHAT, "sentiment": worlds.chat_rows(6, seed=1)}
-    path = FORMS[form](tmp_path / "set", splits)
-    assert splits_of(path) == ["descriptiveness"] * 6 + ["sentiment"] * 6
-    assert read(path, ("sentiment",))[0] == read(path)[0][6:]
-    with refused("no split 'tone': it has descriptiveness, sentiment"):
-        read(path, ("sentiment", "tone"))
-
-
-def test_a_parquet_file_may_have_any_name(tmp_path):
-    """Only NAME-00000-of-00001 names a part; a name may hold a space, a hyphen or a number."""
-    names = ["my split", "run-05", "run-07", "2024-01-31"]
-    write = parquet("{name}.parquet")
-    assert set(splits_of(write(tmp_path / "set", dict.fromkeys(names, TEXT)))) == set(names)
-
-
-def test_a_saved_table_without_a_split_name_is_train(tmp_path):
-    datasets.Dataset.from_list(TEXT).save_to_disk(tmp_path / "set")
-    assert set(splits_of(tmp_path / "set")) == {"train"}
-
-
-def test_rows_whose_responses_are_equal_are_counted_and_dropped(tmp_path):
-    """Detail 26. Equal but for spaces at the ends, which are stripped, is equal."""
-    rows = worlds.chat_rows(8, equal=2)
-    spaced = f"  {rows[2]['chosen'][1]['content']}\n"
-    rows[2]["rejected"] = [rows[2]["rejected"][0], {"role": "assistant", "content": spaced}]
-    expected = [(row["prompt"], row["chosen"], row["rejected"]) for row in worlds.text_rows(8)[3:]]
-    assert read_rows(tmp_path, rows) == (expected, 3)
-
-
-def test_rows_without_labels_keep_every_prompt(tmp_path):
-    rows = [{"prompt": "a"}, {"prompt": "b", "chosen": "x", "rejected": "x"}]
-    assert read_rows(tmp_path, rows, labelled=False) == ([("a", "", ""), ("b", "", "")], 0)
-
-
-def test_spaces_at_the_seam_are_stripped_and_inner_ones_kept(tmp_path):
-    row = {"prompt": " A  cat \n", "chosen": "\tsat  down ", "rejected": "ran "}
-    assert read_rows(tmp_path, [row])[0] == [("A  cat", "sat  down", "ran")]
-
-
-def test_messages_are_read_by_their_role(tmp_path):
-    """A prompt is what users say; a response that no assistant said is refused, not empty."""
-    prompt = [{"role": role, "content": text} for role, text in (
-        ("system", "be kind"), ("user", "The cat"), ("user", "sat"))]
-    assert read_rows(tmp_path, [CHAT[0] | {"prompt": prompt}])[0][0][0] == "The cat\nsat"
-    foreign = [{"role": "gpt", "content": "calm"}]
-    with refused("row 0: .* the assistant"):
-        read_rows(tmp_path, [CHAT[0] | {"chosen": foreign}])
-
-
-@pytest.mark.parametrize("odd", [
-    "line\u2028separator", "next\x85line", "form\x0cfeed", "ünïcode 漢字 🙂"])
-def test_unusual_characters_inside_a_line_do_not_cut_it(tmp_path, odd):
-    """U+2028 may stand unescaped in JSON, and Python's splitlines cuts there."""
-    line = json.dumps(TEXT[0] | {"prompt": odd}, ensure_ascii=False)
-    text = line.replace("\\f", "\\u000c") + "\n\n"
-    (tmp_path / "set.jsonl").write_text(text, encoding="utf-8", newline="")
-    assert read(tmp_path / "set.jsonl")[0][0][0] == odd
-
-
-@pytest.mark.parametrize("line, says", [
-    (b'{"prompt": "a", ', "line 2 is not JSON"),
-    (b'["prompt", "chosen"]', "line 2 is not a JSON object"),
-    (b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}', "UTF-8"),
-    (b'{"prompt": "\\ud83d", "chosen": "a", "rejected": "b"}', "row 1 is not valid Unicode"),
-    (b'{"prompt": "a", "rejected": "b"}', "'chosen'.*, rejected .prompt alone is enough"),
-    (b'{"chosen": "a", "rejected": "b"}', "'prompt'.* has chosen, rejected$"),
-    (b'{"prompt": "a", "chosen": "a", "rejected": 3}', "row 1"),
-    (b'{"prompt": "a", "chosen": "a", "rejected": null}', "row 1"),
-    (b'{"prompt": "a", "chosen": [{"role": "assistant"}], "rejected": "b"}', "row 1"),
-    (b'{"prompt": "a", "chosen": ["text"], "rejected": "b"}', "row 1"),
-    (b'{"prompt": "  ", "chosen": "a", "rejected": "b"}', "row 1: the prompt is empty"),
-], ids=["half a line", "no object", "not UTF-8", "half a character", "no chosen", "no prompt",
-        "a number", "null", "no content", "no messages", "empty"])
-def test_a_broken_row_is_named(tmp_path, line, says):
-    (tmp_path / "set.jsonl").write_bytes(json.dumps(TEXT[0]).encode() + b"\n" + line + b"\n")
-    with refused(says):
-        read(tmp_path / "set.jsonl")
-
-
-def test_what_is_no_dataset_is_said_in_one_line(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text").write_text("hello")
-    (tmp_path / "false").mkdir()
-    (tmp_path / "false" / "train.parquet").write_text("hello")
-    jsonl_folder(tmp_path / "void", {"full": TEXT, "void": []})
-    jsonl_folder(tmp_path / "equal", {"a": worlds.text_rows(3, equal=3)})
-    for name, says in (("missing", "hf download"), ("empty", "^dataset folder .*holds no .jsonl"),
-                       ("text", "not .jsonl"), ("false", "cannot be read .*[Pp]arquet"),
-                       ("void", "'void' .*is empty"), ("equal", "all of its 3 rows")):
-        with refused(says):
-            read(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -265,8 +80,6 @@ def test_a_model_that_cannot_be_trained_is_refused(tmp_path):
         with refused(f"{re.escape(str(folder))}.*{says}"):
             load.load_model(str(folder), "cpu")
     model = worlds.save_model(tmp_path / "model")
-    worlds.save_tokenizer(model, padding=False)
-    check(model, "no pad token of its own")
     worlds.save_tokenizer(model, eos=False)
     check(model, "no EOS token")
     low = worlds.save_model(tmp_path / "low", vocab_size=300)

@@ -14,7 +14,7 @@ import torch
 
 import data
 import fedppo
-from support import load
+from support import load, rows
 from tiny import judge
 
 sys.path.insert(0, str(Path(fedppo.__file__).parent / "benchmarks"))
@@ -150,7 +150,7 @@ def test_the_shipped_results_are_of_the_runs_that_are_asked_for():
 
 @pytest.fixture(scope="module")
 def everything() -> list[data.Pair]:
-    return load.load_pairs(load.home("tiny/data"))[0]
+    return rows.load_pairs(load.home("tiny/data")).pairs
 
 
 def shards_of(pairs: list[data.Pair]) -> list[data.Shard]:

@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = {topic: topic_rows(model, tokenizer, topic) for topic in TOPICS}
     for topic in TOPICS:
         lines = "".join(json.dumps(row) + "\n" for row in rows[topic])
-        (out / "data" / f"{topic}.jsonl").write_text(lines)
+        (out / "data" / f"{topic}.jsonl").write_text(lines, encoding="utf-8")
 
     numbers = {
         "parameters": model.num_parameters(),
