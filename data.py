@@ -288,9 +288,14 @@ class RewardModel(nn.Module):
 
     def __init__(self, causal_lm: nn.Module, pooling: str, generator: torch.Generator):
         super().__init__()
-        self.trunk = copy.deepcopy(causal_lm.base_model).eval().requires_grad_(True)
+        trunk = causal_lm.base_model
+        if trunk is causal_lm:  # Llama 4 and Mllama name no base model
+            trunk = causal_lm.model
+        self.trunk = copy.deepcopy(trunk).eval().requires_grad_(True)
         self.pooling = pooling
-        size = causal_lm.get_output_embeddings().weight.shape[1]  # D
+        with torch.no_grad():  # D is what the trunk gives: config.hidden_size, but not always
+            token = torch.ones(1, 1, dtype=torch.long, device=causal_lm.device)
+            size = self.states(token, token).shape[-1]
         self.head = nn.Linear(size, 1)
         with torch.no_grad():
             self.head.weight.copy_(torch.randn(1, size, generator=generator) / (size + 1) ** 0.5)

@@ -46,7 +46,7 @@ import ppo_core
 from data import UserError, generator
 from support import fast, load, preflight
 from support.load import MATRICES
-from support.run import Run, Stopped, stoppable
+from support.run import Run, Stopped, print_anything, stoppable
 from support.settings import Command, Settings, parse, show
 from world import Task, World, deal_rows, make_task
 
@@ -590,6 +590,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 diverged, 2 a mistake the user can mend, 70 a fault of the program's,
     130 or 143 by a signal.
     """
+    print_anything()
     try:
         with stoppable():
             execute(parse(sys.argv[1:] if argv is None else argv, MODES))

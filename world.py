@@ -46,6 +46,7 @@ class World:
         dtype = getattr(torch, s.dtype)
         # mu_0, which never moves, is the loaded model itself; every other policy is a copy of it.
         self.initial = fast.policy(self.model, self.forbidden, dtype).requires_grad_(False)
+        load.refuse_dtype(self.initial, s.model)
         self._load_rows()
         prompts = list(self.prompt_ids)
         self.generate: Callable = fast.tuned_generate(

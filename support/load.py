@@ -272,6 +272,8 @@ def why_no_decoder(model, allowed: Tensor) -> str:
         other = torch.cat([ids[:, :-1], ids[:, :1]], 1)  # with another last token
         if differs(logits(other, mask)[:, :-1], whole[:, :-1]):
             return "its tokens see later ones, so it is no decoder"
+        if differs(model(input_ids=ids).logits.float()[..., allowed], whole):
+            return "it counts positions in a way of its own"  # RoBERTa's begin behind the pad's id
         output = model(**known_inputs(model, input_ids=ids, attention_mask=mask, use_cache=True))
         if getattr(output, "past_key_values", None) is None:
             return "it keeps no key/value cache, which sampling needs"
@@ -286,6 +288,17 @@ def why_no_decoder(model, allowed: Tensor) -> str:
     except Exception as error:  # models fail in many ways
         return f"its forward fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     return ""
+
+
+@torch.no_grad()
+def refuse_dtype(policy, name: str) -> None:
+    """A few families mix types in a forward of their own (DBRX). Raises UserError."""
+    token = torch.zeros(1, 2, dtype=torch.long, device=policy.forbidden.device)
+    try:
+        policy.response_forward(token, torch.ones_like(token), 1)
+    except RuntimeError as error:
+        raise UserError(f"model {name!r} cannot be run with this --dtype ({error}): use --dtype "
+                        "float32") from None
 
 
 # ----------------------------------------------------------------------------------------- prompts

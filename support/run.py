@@ -6,7 +6,7 @@ In reading order
                        curves.png and .svg, agents/
     3. checkpoints     write_checkpoint, read_checkpoint
     4. files           what a run writes once: config.json, an agent's folder, samples.md
-    5. stopping        stoppable: Ctrl-C and SIGTERM end a run at once
+    5. the process     print_anything; stoppable: Ctrl-C and SIGTERM end a run at once
 
 Metrics, one line of metrics.jsonl per mode, seed, agent and update. Line 0 is before the first
 update; what was not measured at an update is null (episodes, bytes and seconds are 0). `reward` to
@@ -299,7 +299,7 @@ class Run:
             folder = self.folder / "agents" / f"{mode}-seed{seed}-agent{index}"
             save_agent(folder, model, tokenizer, forbidden, s)
             card = model_card(f"Agent {index}, {mode}, seed {seed}", s)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            write_text(folder / "README.md", card)
         self.checkpoint(seed, mode, None)
 
     def finish(self) -> str:
@@ -360,7 +360,8 @@ def write_text(path: Path, text: str) -> None:
     """All of it or, if the disk is full or the process is killed, what was there before."""
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        # Under an ASCII locale a path that the user gave can hold what is no letter.
+        temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -484,7 +485,7 @@ def sample_cell(sample: dict) -> str:
     return f"{' '.join(sample['response'].split())}{' ⏹' if sample['ended'] else ''}{score}"
 
 
-# ---------------------------------------------------------------------------------------- stopping
+# ------------------------------------------------------------------------------------- the process
 
 
 class Stopped(KeyboardInterrupt):
@@ -493,6 +494,13 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__(number)
         self.number = number
+
+
+def print_anything() -> None:
+    """A terminal that cannot show a letter shows a question mark: it is no reason to stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

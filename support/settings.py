@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -336,6 +337,10 @@ def check_places(s: Settings) -> None:
     """Names of folders, files and devices. Raises UserError."""
     if s.name and (Path(s.name).name != s.name or s.name == ".."):
         raise UserError(f"--name {s.name!r} must be a plain folder name; --out says where it goes")
+    if sys.getfilesystemencoding() != "utf-8" and not (s.out + s.name).isascii():
+        # The libraries that save agents name files in UTF-8 always.
+        raise UserError(f"--out {s.out} --name {s.name}: under this locale a folder's name must be "
+                        "ASCII; PYTHONUTF8=1 allows any")
     try:
         torch.zeros(1, device=s.device).item()
     except (RuntimeError, AssertionError, NotImplementedError):

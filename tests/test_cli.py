@@ -71,6 +71,8 @@ WRONG = {  # flags: what the error says
     "--name a/b": ["--name", "'a/b'"], "--name ..": ["--name", "'..'"],
     "--no-such-flag 3": ["--no-such-flag"], "stray": ["stray"],
     "--agent 3": ["--agent"],  # a flag added later must not change what an abbreviation means
+    "--participation 0.5 --mode isolated classic": ["--participation 0.5", "isolated classic"],
+    "--split-column tone": ["no value in --split-column tone", "prompt, chosen, rejected"],
     "--topology rings": ["rings", "ring"]}  # the kinds there are
 # Estimator and place of the penalty are one setting: what would be wrong cannot be said.
 WRONG |= {f"--penalty {value}": ["--penalty", repr(value), "exact-in-loss"] for value in (
@@ -350,3 +352,49 @@ def test_resume_of_what_is_no_run_is_refused(tmp_path, capfd):
         assert len(errors) == 1 and errors[0].startswith("error: ") and str(folder) in errors[0]
         left = sorted(p.name for p in folder.iterdir()) if folder.exists() else None
         assert left == (None if files is None else sorted(files))
+
+
+# -------------------------------------------------------------------------- what a user should know
+
+
+def test_a_fault_of_the_programs_exits_with_70_and_asks_for_a_report(base, monkeypatch, capfd):
+    def fails(*args):
+        raise RuntimeError("who knows")
+    monkeypatch.setattr(fedppo, "train", fails)
+    assert fedppo.main(base) == 70
+    errors = capfd.readouterr().err
+    assert "RuntimeError: who knows" in errors and "Traceback" in errors
+    assert errors.splitlines()[-1].startswith("this is a fault of the program, not yours: please")
+
+
+def test_one_round_of_an_exchange_and_a_constant_reward_are_warned_of(base, tmp_path, capfd):
+    (tmp_path / "flat.py").write_text("def flat(prompts, responses, ended):\n"
+                                      "    return [3.0] * len(responses)\n")
+    flags = [*base, "--reward", f"{tmp_path}/flat.py:flat", "--check"]
+    assert fedppo.main([*flags, "--rounds", "1", "--mode", "isolated", "merged"]) == 0
+    printed = capfd.readouterr().out
+    assert "warning: with --rounds 1 merged can learn nothing from peers" in printed
+    assert printed.count("'s reward on samples of the initial policy: 0 (at least 1e-06)") == 2
+    for more in (["--rounds", "1", "--mode", "isolated"], ["--rounds", "2"]):
+        assert fedppo.main([*flags, *more]) == 0
+        assert "with --rounds 1" not in capfd.readouterr().out
+
+
+def test_a_rule_and_an_agent_without_prompts_is_one_line(base, refused, tmp_path, mine):
+    """A split of two prompts, which the evaluation can take."""
+    for name, n in (("a", 60), ("b", 2)):
+        worlds.write_jsonl(tmp_path / "two" / f"{name}.jsonl",
+                           [{"prompt": f"The {name} {i} was"} for i in range(n)])
+    line = refused("--dataset", tmp_path / "two", "--shards", "split", "--reward",
+                   f"{mine}:length", "--eval-prompts", 20, "--seeds", *range(12))
+    said(line, ["agent 1 has no prompt", "lower --eval-prompts"])
+
+
+def test_topics_in_a_column_are_splits(base, tmp_path, capfd):
+    table = [row | {"topic": "ab"[i % 2]} for i, row in enumerate(worlds.text_rows(40))]
+    path = worlds.write_jsonl(tmp_path / "topics.jsonl", table)
+    flags = ["--dataset", str(path), "--split-column", "topic", "--shards", "split"]
+    assert fedppo.main([*base, *flags]) == 0
+    deals = json.loads((tmp_path / "runs/run/config.json").read_text())["deals"]["0"]
+    assert [deal["splits"] for deal in deals] == [["a"], ["b"]]
+    assert "agent 1 has 19 rows of 19 prompts, of b (4 fit" in capfd.readouterr().out

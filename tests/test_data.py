@@ -5,6 +5,7 @@ import hashlib
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -367,6 +368,13 @@ def test_a_padded_position_that_is_nan_is_selected_away(causal):
     assert torch.equal(Spoiled(causal, "mean", stream())(ids, mask), expected)
 
 
+class Wide(torch.nn.Module):
+    """A trunk of which only the width is real."""
+
+    def forward(self, input_ids):
+        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 9999))
+
+
 def test_the_reward_model_is_a_copy_of_the_trunk_with_a_small_random_head(causal):
     """Detail 20: std 1/sqrt(D + 1), bias 0; detail 28: all is trained, the policy untouched."""
     model = reward_model(causal, "mean")
@@ -376,8 +384,7 @@ def test_the_reward_model_is_a_copy_of_the_trunk_with_a_small_random_head(causal
     assert torch.equal(model.head.weight, torch.randn(1, 32, generator=stream()) / 33 ** 0.5)
     assert model.head.bias.item() == 0
     wide = torch.nn.Module()
-    wide.base_model, wide.device = torch.nn.Identity(), "cpu"
-    wide.get_output_embeddings = lambda: torch.nn.Linear(9999, 1)
+    wide.base_model, wide.device = Wide(), "cpu"
     assert 0.0097 < reward_model(wide, "mean").head.weight.std() < 0.0103  # 1/sqrt(10000)
 
 

@@ -377,6 +377,43 @@ FAULTS = {
     "has no finite log-probs": lambda weights: {n: t * 1e20 for n, t in weights.items()}}
 
 
+def overflows(weights):
+    """Finite, and without log-probs behind any token but the first row's."""
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    weights["gpt_neox.embed_in.weight"][1:] = 1e38
+    return weights
+
+
+@pytest.mark.parametrize("mode", ["federated", "merged", "fedavg"])
+def test_a_peer_without_logprobs_on_ones_own_prompts_is_left_out(world, task, mode):
+    """It freezes nobody: the honest agents 0 and 2 train on, with each other or alone."""
+    agents, rows = train(world, task, mode, bad(1, overflows, [0]))
+    assert not agents[0].diverged and not agents[2].diverged
+    left_out = ("the average has no finite log-probs" if mode == "fedavg" else
+                "agent 1 has no finite log-probs here")
+    honest = [row for row in rows if row["agent"] != 1]
+    assert {row.get("missed") for row in honest if row["round"] == 1} == {left_out}
+    assert all(row["judge"] is None or abs(row["judge"]) < 5 for row in honest)
+    assert all(torch.isfinite(tensor).all() for agent in (agents[0], agents[2])
+               for tensor in weights_of(agent))
+
+
+def test_a_reference_is_never_the_reason_to_freeze(world, task):
+    """One that breaks at the very tokens of a rollout is left out of it, on the same samples."""
+    agents = [Agent(0, world, task, world.settings) for _ in range(3)]
+    broken = world.new_policy().requires_grad_(False)
+    broken.model.load_state_dict(overflows(broken.model.state_dict()))
+    half = torch.tensor([0.5, 0.5])
+    told = agents[0].update([world.initial, broken], half)
+    plain = agents[1].update([world.initial], half[:1] * 2)
+    alone = agents[2].update([broken], half[:1] * 2)
+    assert told.pop("missed") == alone["missed"] == "a reference has no finite log-probs"
+    assert "missed" not in plain and not any(agent.diverged for agent in agents)
+    assert told | {"seconds": 0} == plain | {"seconds": 0}
+    assert equal(weights_of(agents[0]), weights_of(agents[1]))
+    assert alone["reward"] == plain["reward"] and abs(alone["kl"]) < 1e-4, "to itself"
+
+
 @pytest.mark.parametrize("mode, fault", [("fedavg", "is not finite"),
                                          *(("federated", fault) for fault in FAULTS)])
 def test_a_message_with_a_fault_is_left_out_and_said(world, task, mode, fault):

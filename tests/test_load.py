@@ -15,6 +15,8 @@ import torch
 import worlds
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPTNeoXForSequenceClassification,
     GPTNeoXModel,
     PreTrainedTokenizerFast,
@@ -65,14 +67,87 @@ def test_a_hole_in_the_vocabulary_is_forbidden_too(small_model, monkeypatch):
     assert forbidden[200] and not forbidden[199]
 
 
-@pytest.mark.parametrize("given, pad", [(7, 7), (0, 1)])
-def test_a_pad_is_kept_unless_it_is_the_eos(tmp_path, given, pad):
+NAMES = ["<pad>", "<|reserved_special_token_7|>", "<unk>"]
+
+
+@pytest.mark.parametrize("given, names, pad", [
+    (7, [], 7), (0, [], 1), (None, [], 1), ("none", [], 0), ("none", NAMES[:1], 320),
+    ("none", NAMES[1:], 320), ("none", NAMES[2:], 320), (0, NAMES[::-1], 1)])
+def test_any_tokenizer_gets_a_pad(tmp_path, given, names, pad):
+    """Details 2 and 33: its own, unless that is EOS; else `<|padding|>` or another that no text
+    has, which is forbidden; else EOS, which is not. "none": it has no token `<|padding|>`.
+    """
     worlds.save_model(tmp_path)
+    tokenizer = worlds.save_tokenizer(tmp_path, padding=given != "none")
+    names = [*names, *(["<unk>"] if "<unk>" in names else [])]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(dict.fromkeys(names))})
+    if "<unk>" in names:
+        tokenizer.unk_token = "<unk>"
+    if isinstance(given, int):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(given)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer, forbidden = load.load_model(str(tmp_path), "cpu")
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id == pad
+    assert forbidden[:321][[i for i in range(321) if i < len(tokenizer)]].nonzero(
+        ).flatten().tolist() == ([pad] if pad else [])
+
+
+@pytest.mark.parametrize("named, derived, ends", [
+    (None, False, [0]), (0, True, [0]), (7, True, [0]), (7, False, [0, 7]), ([0, 7], False, [0, 7]),
+    ([7, 1], False, [0, 7, 1]), ([1, 7], True, [0, 1]), ([0, 351], False, [0])])
+def test_every_eos_of_generation_config_counts_and_no_default_of_a_config(
+        tmp_path, named, derived, ends):
+    """Llama 3 names three; a GPT-NeoX config that was never told one says 2, which is a letter."""
+    worlds.save_model(tmp_path)
+    config = {"eos_token_id": named, "_from_model_config": derived}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    said = []
+    model, _, forbidden = load.load_model(str(tmp_path), "cpu", said.append)
+    assert model.generation_config.eos_token_id == ends and not forbidden[ends[-1]]
+    assert any("a response ends at any of" in line for line in said) is (len(ends) > 1)
+
+
+def test_a_pad_that_ends_a_response_is_no_pad(tmp_path):
+    """Qwen's pad is the EOS of its base model, and one of those of its chat model."""
+    worlds.save_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
     tokenizer = worlds.save_tokenizer(tmp_path)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(given)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(7)
     tokenizer.save_pretrained(tmp_path)
     _, tokenizer, forbidden = load.load_model(str(tmp_path), "cpu")
-    assert tokenizer.pad_token_id == pad and forbidden[:10].nonzero().flatten().tolist() == [pad]
+    assert tokenizer.pad_token_id == 1 and forbidden[1] and not forbidden[7]
+
+
+def test_a_chat_template_makes_the_prompt_and_what_it_refuses_is_said(tmp_path):
+    tokenizer = worlds.save_tokenizer(tmp_path)
+    assert load.chat_template(tokenizer) is None
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
+    render = load.chat_template(tokenizer)
+    assert render([("user", "Hi"), ("assistant", "Yes"), ("user", "So?")]) == (
+        "<user>Hi<assistant>Yes<user>So?<assistant>")
+    with pytest.raises(ValueError, match="refused by the tokenizer's chat template.*no system"):
+        render([("system", "Be kind")])
+
+
+def test_logits_that_are_capped_keep_their_offset(tmp_path):
+    """Gemma 2 caps its logits: without the common number they would be other logits."""
+    torch.manual_seed(0)
+    tokenizer = worlds.save_tokenizer(tmp_path)
+    shape = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=0, bos_token_id=None,
+        pad_token_id=1, tie_word_embeddings=False, final_logit_softcapping=40.0,
+        initializer_range=0.3)
+    model = Gemma2ForCausalLM(shape)
+    with torch.no_grad():
+        model.lm_head.weight += 0.5
+    model.save_pretrained(tmp_path)
+    said = []
+    loaded, *_ = load.load_model(str(tmp_path), "cpu", said.append)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight) and not said
 
 
 def test_a_model_that_cannot_be_trained_is_refused(tmp_path):
@@ -242,9 +317,9 @@ def test_a_file_of_the_users_replaces_no_module(tmp_path):
     assert [function() for function in functions] == ["a", "b"] and sys.modules["math"] is math
 
 
-def save_classifier(folder, labels):
+def save_classifier(folder, labels, **changes):
     torch.manual_seed(labels)
-    shape = worlds.config(num_labels=labels, num_hidden_layers=1)
+    shape = worlds.config(num_labels=labels, num_hidden_layers=1, **changes)
     model = GPTNeoXForSequenceClassification(shape).eval()
     model.save_pretrained(folder)
     worlds.save_tokenizer(folder)
@@ -271,6 +346,22 @@ def test_load_scorer_takes_a_classifier(tmp_path, tokenizer, labels, side):
         expected.append(logits[0] if labels == 1 else logits[1] - logits[0])
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 1e-2
+
+
+def test_a_classifier_cuts_the_prompt_and_says_how_often(tmp_path, tokenizer, capfd):
+    """16 positions: the last 16 tokens of a text are scored, whatever its prompt was."""
+    save_classifier(tmp_path, 1, max_position_embeddings=16)
+    scorer = load.load_scorer(str(tmp_path), tokenizer, "cpu")
+    long, short = "The room was calm and " * 9 + "so", "The song"
+    scores = scorer(*worlds.batch_of(tokenizer, [long, "It " * 30 + long, short],
+                                     ["lovely and calm|"] * 3)).tolist()
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5) and abs(scores[0] - scores[2]) > 1e-4
+    assert "reads 16 tokens at most: the beginning of the prompt was cut in 2 of 3" in (
+        capfd.readouterr().out)
+    scorer(*worlds.batch_of(tokenizer, [long], ["dull|"]))
+    assert not capfd.readouterr().out, "it is said at 1, 10, 100, ..."
+    scorer(*worlds.batch_of(tokenizer, [long] * 9, ["dull|"] * 9))
+    assert "cut in 12 of 13" in capfd.readouterr().out
 
 
 def test_what_is_no_judge_is_refused(tmp_path, tokenizer, small_model):

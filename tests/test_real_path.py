@@ -4,14 +4,24 @@ rule between."""
 import functools
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import datasets
 import pytest
 import torch
 import worlds
-from transformers import GPTNeoXForSequenceClassification, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPTNeoXForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 import data
 import fedppo
@@ -231,6 +241,89 @@ def calm(prompts, responses, ended):
 def rule(tmp_path):
     (tmp_path / "rules.py").write_text(RULES)
     return f"{tmp_path / 'rules.py'}:calm"
+
+
+@pytest.fixture
+def instruct(tmp_path):
+    """A Llama as instruct models are: tied head, pad = EOS, a chat template, two EOS ids."""
+    folder = tmp_path / "instruct"
+    tokenizer = worlds.save_tokenizer(folder, padding=False)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0))
+    model.generation_config = GenerationConfig(eos_token_id=[0, 45], pad_token_id=0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_instruct_model_runs_on_whole_conversations(train, instruct, tmp_path, capfd, dtype):
+    """As it is on the hub: nothing to be added, resized or saved before. Its agent goes on."""
+    talks = [{name: [{"role": "system", "content": "Be brief."},
+                     {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content":
+                      "And?"}, {"role": "user", "content": "So?"}, {"role": "assistant",
+                      "content": row[name]}] for name in ("chosen", "rejected")}
+             for row in worlds.text_rows(30)]
+    path = worlds.write_jsonl(tmp_path / "talks.jsonl", talks)
+    folder = train("--model", instruct, "--dataset", path, "--judge", "none", "--dtype", dtype,
+                   "--lr", "1e-3", "--rounds", "2")
+    printed = capfd.readouterr().out
+    assert "conversations become prompts by the tokenizer's chat template" in printed
+    assert "a response ends at any of" in printed and "FAIL" not in printed
+    assert ("log-probs in bfloat16 against float32, mean error" in printed) is (dtype != "float32")
+    check_metrics(folder, updates=2, judge=False)
+    agent = folder / "agents/federated-seed0-agent0"
+    generate = pipeline("text-generation", str(agent))
+    config = generate.model.generation_config
+    assert config.eos_token_id == [0, 45] and config.pad_token_id == 0
+    torch.manual_seed(0)
+    replies = [generate([{"role": "user", "content": "The room 3 was"}])[0]["generated_text"][-1]
+               for _ in range(20)]
+    assert {reply["role"] for reply in replies} == {"assistant"}
+    samples = (folder / "samples.md").read_text(encoding="utf-8")
+    assert "| Be brief. The " in samples and "[user]" not in samples
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_with_pythias_offset_passes_the_checks_and_trains(train, tmp_path, capfd, dtype):
+    """Its logits lie about 1,070; the agent that it saves is the same function without them."""
+    model = worlds.save_offset_model(tmp_path / "offset", 1070)
+    folder = train("--model", model, "--dtype", dtype, "--judge", "none", "--lr", "1e-3")
+    printed = capfd.readouterr().out
+    assert "all logits had about 1070 in common" in printed and "FAIL" not in printed
+    check_metrics(folder, judge=False)
+    saved = AutoModelForCausalLM.from_pretrained(folder / "agents/federated-seed0-agent0")
+    logits = saved(input_ids=torch.tensor([[5, 9, 7]])).logits
+    assert logits[..., 2:320].mean().abs() < 1
+
+
+def test_a_run_needs_no_utf8_locale(small_model, tmp_path):
+    """All that is written is UTF-8, whatever the locale says, and no print fails."""
+    table = [row | {"prompt": f"{row['prompt']} très 汤"} for row in worlds.text_rows(40)]
+    path = worlds.write_jsonl(tmp_path / "très.jsonl", table)
+    flags = ["--preset", "pythia-70m", *SHORT, "--model", str(small_model), "--dataset", str(path),
+             "--judge", "none", "--name", "run"]
+    environment = {name: value for name, value in os.environ.items() if name[:3] != "LC_"}
+    environment |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0",
+                    "PYTHONIOENCODING": "latin-1"}
+
+    def run_in(out):
+        command = [sys.executable, "fedppo.py", *flags, "--out", str(out)]
+        return subprocess.run(command, cwd=load.HOME, env=environment, capture_output=True)
+    done = run_in(tmp_path / "runs")
+    assert done.returncode == 0, done.stderr.decode("latin-1")
+    for file in ("samples.md", "config.json", "metrics.jsonl", "summary.json"):
+        (tmp_path / "runs/run" / file).read_text(encoding="utf-8")
+    assert "汤" in (tmp_path / "runs/run/samples.md").read_text(encoding="utf-8")
+    done = run_in(tmp_path / "été")
+    assert done.returncode == 2 and b"PYTHONUTF8=1" in done.stderr
 
 
 def test_a_rule_may_be_reward_and_judge(train, rule):
