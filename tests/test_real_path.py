@@ -152,8 +152,10 @@ def largest_moves(agent, model):
 @pytest.mark.slow  # twenty seconds and most of a gigabyte, which it removes
 def test_a_model_of_exactly_pythias_shape_goes_the_whole_way(tmp_path, real_data, capfd,
                                                              monkeypatch):
-    """float16 on disk, 50,304 rows for 320 tokens, no pad token: details 2, 21, 29 in a run."""
-    model = worlds.save_model(tmp_path / "pythia", **PYTHIA_70M)
+    """float16 on disk, 50,304 rows for 320 tokens, no pad token, logits near 1,070: details 2, 21,
+    29 and 30 in a run.
+    """
+    model = worlds.save_offset_model(tmp_path / "pythia", 1070, **PYTHIA_70M)
     monkeypatch.setattr(run, "SECONDS_BETWEEN", math.inf)  # 1.7 GB that one round has no use for
     folder = start(tmp_path, model, real_data, "--judge", "none", "--epochs", "1")
     printed = capfd.readouterr().out
@@ -292,16 +294,20 @@ def test_an_instruct_model_runs_on_whole_conversations(train, instruct, tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_with_pythias_offset_passes_the_checks_and_trains(train, tmp_path, capfd, dtype):
-    """Its logits lie about 1,070; the agent that it saves is the same function without them."""
-    model = worlds.save_offset_model(tmp_path / "offset", 1070)
+@pytest.mark.parametrize("offset, tied", [(0, True), (300, True), (1070, True), (-100, True),
+                                          (1070, False)])
+def test_a_model_with_an_offset_passes_the_checks_and_trains(train, tmp_path, capfd, dtype, offset,
+                                                             tied):
+    """Pythia's logits lie about 1,070, GPT-2's about -100. A head of its own is saved without."""
+    model = worlds.save_offset_model(tmp_path / "offset", offset, tied)
     folder = train("--model", model, "--dtype", dtype, "--judge", "none", "--lr", "1e-3")
     printed = capfd.readouterr().out
-    assert "all logits had about 1070 in common" in printed and "FAIL" not in printed
+    assert ("all logits had about 1070 in common" in printed) is not tied
+    assert "FAIL" not in printed and "no fatal" not in printed
     check_metrics(folder, judge=False)
     saved = AutoModelForCausalLM.from_pretrained(folder / "agents/federated-seed0-agent0")
-    logits = saved(input_ids=torch.tensor([[5, 9, 7]])).logits
-    assert logits[..., 2:320].mean().abs() < 1
+    logits = saved(input_ids=torch.tensor([[5, 9, 7]])).logits[..., 2:320]
+    assert logits.mean().item() == pytest.approx(offset if tied else 0, abs=3)
 
 
 def test_a_run_needs_no_utf8_locale(small_model, tmp_path):
