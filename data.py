@@ -11,8 +11,8 @@ In reading order
 Rows, models and functions come from files through support/rows.py and support/load.py, which this
 file does not need.
 
-Dimension key: B rows, Q prompt tokens (left-padded), T response tokens (right-padded), L = Q + T,
-D hidden size.
+Dimension key: B rows, Q prompt tokens (left-padded), T response tokens (right-padded), L tokens of
+any text, D hidden size.
 
 Departures from the papers: rewards are normalised on samples of the initial policy by mean *and*
 standard deviation (1909.08593 did both, 2203.02155 the bias only); the reward model starts from the
@@ -47,9 +47,10 @@ class UserError(Exception):
 class Pair:
     """One preference: of two responses to a prompt, the one that an annotator chose.
 
-    Texts carry no space where prompt and response meet. The prompt is what the model reads, by
-    which rows are dealt; `plain` is what rules and people read, without a chat template's marks.
-    After a template the response follows at once, else after one space.
+    Texts carry no space where prompt and response meet. `prompt` is the text that the model reads;
+    rows with the same prompt go to one agent. `plain` is what rules and people read, without a chat
+    template's marks. After a template the response follows at once, else after one space. `split`
+    names the part of the dataset.
     """
 
     prompt: str
@@ -67,7 +68,7 @@ class Shard:
     prompts: list[str]
     train: list[Pair]
     heldout: list[Pair]
-    rows: int = 0  # that it was dealt
+    rows: int = 0  # number dealt to it: more than train and heldout hold together
     splits: tuple[str, ...] = ()  # of these rows
 
 
@@ -80,7 +81,7 @@ def by_prompt(rows: list[Pair]) -> list[list[Pair]]:
 
 
 def split_by_prompt(rows: list[Pair], n: int) -> tuple[list[Pair], list[Pair]]:
-    """The rows of the first prompts that have at least n -> (they, the rows of all others)."""
+    """Take whole prompts until n rows or more are taken -> (their rows, all other rows)."""
     groups, first, taken = by_prompt(rows), [], 0
     while taken < len(groups) and len(first) < n:
         first += groups[taken]
@@ -93,11 +94,11 @@ def make_shards(pairs: list[Pair], n_agents: int, how: str, n_pairs: int, n_eval
     """Give each agent rows of its own -> (evaluation prompts, N shards, pairs for the judge).
 
     how: "iid" gives every agent an even share of all prompts with their rows; "split" gives agent i
-    the splits i, i + N, ... With fewer splits than agents it is the split i mod S, which its agents
-    share out. n_pairs: pairs per agent to fit its reward model; n_eval: prompts kept for the
-    evaluation; n_judge: pairs kept for a judge. No prompt is in two of: the evaluation, the judge's
-    pairs, an agent's pairs to fit and to test, another agent. Raises UserError if there is too
-    little data.
+    the splits i, i + N, ... With S splits, fewer than agents, agent i draws from split i mod S and
+    shares it with others. n_pairs: pairs per agent to fit its reward model; n_eval: prompts kept
+    for the evaluation; n_judge: pairs kept for a judge. No prompt is in two of: the evaluation, the
+    judge's pairs, an agent's pairs to fit and to test, another agent. Raises UserError if there is
+    too little data.
     """
     prompts = sorted({pair.prompt for pair in pairs})
     if len(prompts) < n_eval + n_agents:
@@ -135,7 +136,8 @@ def _share(rows: list[Pair], n: int) -> list[list[Pair]]:
 def _portions_by_split(rows: list[Pair], splits: list[str], n_agents: int) -> list[list[Pair]]:
     """The rows of each agent, N lists, where agents own splits.
 
-    A prompt that stands in two splits is of its first row's: the other split's rows of it lie idle.
+    A prompt may stand in several splits. It goes to the agent that owns the split of its first row,
+    and its rows in other agents' splits are not used.
     """
     home: dict[str, str] = {}
     for pair in rows:
@@ -180,10 +182,13 @@ def pool(shards: list[Shard]) -> Shard:
 # ------------------------------------------------------------------------------------------ tokens
 
 
+PROBE = "a"  # a text that shares no token with what follows it
+
+
 def frame(tokenizer) -> tuple[list[int], list[int]]:
     """What the tokenizer puts around a text: the ids (before it, behind it), BOS and EOS often."""
-    text = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
+    text = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    framed = tokenizer(PROBE)["input_ids"]
     for start in range(len(framed) - len(text) + 1):
         if text and framed[start:start + len(text)] == text:
             return framed[:start], framed[start + len(text):]
@@ -208,7 +213,7 @@ def encode_prompts(tokenizer, prompts: list[str], templated: bool = False) -> li
     return encoded
 
 
-def encode_response(tokenizer, response: str, max_tokens: int, eos: bool, prompt: str = "a",
+def encode_response(tokenizer, response: str, max_tokens: int, eos: bool, prompt: str = PROBE,
                     joint: str = " ") -> list[int]:
     """`encode_responses` for one response; the prompt matters to few tokenizers."""
     return encode_responses(tokenizer, [(prompt, joint, response)], max_tokens, eos)[0]
@@ -240,7 +245,7 @@ def encode_responses(tokenizer, texts: list[tuple[str, str, str]], max_tokens: i
             ids = []
         elif whole[:len(before)] == before:
             ids = whole[len(before):]
-        elif prompt != "a":  # one token has letters of both: as behind another prompt, then
+        elif prompt != PROBE:  # one token spans prompt and response
             ids = encode_response(tokenizer, response, max_tokens, False, joint=joint)
         else:
             ids = encode([joint + response])[0]

@@ -136,8 +136,11 @@ def matrix_of(s: Settings) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- agent
 
 
+MAX_NATS = 1e4  # a KL per token, or a log-prob below minus this, would drown every gradient
+
+
 class Agent:
-    """One participant, private and kept for the whole run, except for what `message` gives."""
+    """One participant, which lives for the whole run. Others see what `message` returns alone."""
 
     def __init__(self, index: int, world: World, task: Task, settings: Settings):
         """settings: of this mode, as `arm_settings` makes them."""
@@ -148,8 +151,8 @@ class Agent:
             self.policy.parameters(), lr=settings.lr, fused=True, **ppo_core.ADAM)
         names = ("prompts", "sampling", "minibatches", "peers")
         self.streams = {name: generator(task.seed, index, name) for name in names}
-        self.queue: list[int] = []  # prompts of this pass that are still to come
-        self.done = 0  # updates behind it
+        self.queue: list[int] = []  # indices of the prompts that are left in this pass
+        self.done = 0  # PPO updates so far, those after it diverged included
         self.episodes = 0  # responses that it has learned from
         self.received = 0  # bytes, at all exchanges so far
         self.diverged: str | None = None  # where and why it was frozen
@@ -179,7 +182,7 @@ class Agent:
         if self.diverged:
             self.done += 1
             return {"episodes": self.episodes, "beta": s.beta}
-        rollout, weights, missed = self.collect(references, weights)
+        rollout, weights, missed = self.next_rollout(references, weights)
         mask = rollout.mask
         left = 1 - self.done / (s.rounds * s.updates) if s.lr_schedule == "linear" else 1.0
         metrics = {
@@ -206,13 +209,14 @@ class Agent:
         seconds = time.perf_counter() - started
         return metrics | {"episodes": self.episodes, "seconds": seconds}
 
-    def collect(
+    def next_rollout(
         self, references: list[ppo_core.Policy], weights: torch.Tensor
     ) -> tuple[ppo_core.Rollout, torch.Tensor, str | None]:
-        """The next rollout -> (it, the weights of its references, what was left out).
+        """Sample and score a batch -> (rollout, weights of the references used, what was left out).
 
-        A reference without log-probs at these very tokens is left out: it must not be the reason
-        that an honest agent stops. If none is left, the KL is to the agent's own present policy.
+        A reference that gives no finite log-probs at these tokens must not stop an honest agent: it
+        is left out, and the same responses are sampled again. If none is left, the agent's own
+        present policy is the reference.
         """
         world, stream = self.world, self.streams["sampling"]
         prompts, before = self.next_prompts(), stream.get_state()
@@ -224,13 +228,13 @@ class Agent:
                 generate=world.generate)
 
         rollout = against(references, weights)
-        if (rollout.kl.abs() < -LOWEST)[rollout.mask.bool()].all():
+        if (rollout.kl.abs() < MAX_NATS)[rollout.mask.bool()].all():  # NaN is not
             return rollout, weights, None
         kept = [k for k, policy in enumerate(references)
                 if has_logprobs(policy, rollout.ids, rollout.attention)]
         references = [references[k] for k in kept] or [self.policy]
         weights = weights[kept] / weights[kept].sum() if kept else torch.ones_like(weights[:1])
-        stream.set_state(before)
+        stream.set_state(before)  # so that the second pass samples the same responses
         return against(references, weights), weights, "a reference has no finite log-probs"
 
     def state_dict(self) -> dict:
@@ -257,11 +261,11 @@ class Agent:
 def exchange(
     agents: list[Agent], frozen: list[ppo_core.Policy], present: list[bool]
 ) -> list[str]:
-    """Every agent that takes part sends a copy of its policy, which is frozen.
+    """Copy the policy of every agent that takes part into its place in `frozen`.
 
-    frozen: N policies that are overwritten here and then left alone until the next exchange.
-    -> a fault per agent, "" if there is none. On a fault the slot keeps the sender's own policy,
-    which then serves nobody but itself.
+    frozen: N policies, overwritten here and then left alone until the next exchange; present: N
+    bools -> N faults, "" if there is none. On a fault the place gets the sender's own present
+    weights, which no other agent then uses.
     """
     faults = []
     for agent, policy, takes_part in zip(agents, frozen, present, strict=True):
@@ -292,9 +296,6 @@ def unusable(message: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> 
     return ""
 
 
-LOWEST = -1e4  # nats: what is below is no log-prob, and a KL to it would drown all gradients
-
-
 @torch.no_grad()
 def has_logprobs(policy: ppo_core.Policy, ids: torch.Tensor, mask: torch.Tensor) -> bool:
     """Whether a policy has log-probs behind every token of ids, mask [B, L], to which a KL can be
@@ -303,14 +304,17 @@ def has_logprobs(policy: ppo_core.Policy, ids: torch.Tensor, mask: torch.Tensor)
     inputs = ppo_core.known_inputs(policy.model, input_ids=ids, attention_mask=mask,
                                    position_ids=ppo_core.position_ids(mask))
     logprobs = policy(**inputs).logits.float().log_softmax(-1)  # [B, L, V]
-    return bool((logprobs[mask.bool()][:, ~policy.forbidden] > LOWEST).all())  # NaN is not
+    return bool((logprobs[mask.bool()][:, ~policy.forbidden] > -MAX_NATS).all())  # NaN is not
 
 
 def listen(
     agents: list[Agent], frozen: list[ppo_core.Policy], matrix: torch.Tensor, present: list[bool],
     faults: list[str], mode: Mode,
 ) -> tuple[torch.Tensor, list[str | None]]:
-    """Whom each agent hears in this round -> (rows [N, N], each with sum 1; what each one missed).
+    """Whom each agent hears in this round.
+
+    matrix: W [N, N]; faults: of `exchange` -> (rows [N, N], of which row i has agent i's weights,
+    sum 1; for each agent what it could not hear, or None). Bytes received are added to each agent.
 
     A peer that is absent or whose message has a fault gets weight 0, and so does a policy that has
     no log-probs on the agent's own prompts or is an outlier among its peers. An agent that is
@@ -331,7 +335,7 @@ def listen(
         if agent.settings.outlier and mode.listens:
             heard = {j: frozen[j] for j in peers if j not in bad}
             bad |= dict.fromkeys(outliers(agent, heard), "is an outlier")
-        # A server leaves a bad message out for its sender too: its average is one for all.
+        # With a server there is one average for all: a bad message is left out for its sender too.
         left_out = [*bad, i] if mode.server and faults[i] else list(bad)
         row = renormalised(matrix[i], i, left_out)
         told = [f"agent {j} {bad[j]}" for j in sorted(bad)]
@@ -534,8 +538,8 @@ def load_world(s: Settings, reason: str) -> tuple[World, dict[int, list[dict]]]:
     # Too little data is said now, not when earlier seeds are trained.
     deals = {seed: describe_deal(deal_rows(world, seed)[1]) for seed in s.seeds}
     for line in deals[s.seeds[0]][:8]:
-        print("agent {agent} has {rows} rows of {prompts} prompts, of {} ({pairs} fit its reward "
-              "model, {heldout} test it)".format(", ".join(line["splits"]), **line))
+        print("agent {agent}: {rows} rows of {prompts} prompts from {}; {pairs} pairs fit its "
+              "reward model, {heldout} test it".format(", ".join(line["splits"]), **line))
     if s.agents > 8:
         print("(and so on: config.json has every agent's)")
     return world, deals
@@ -560,7 +564,7 @@ def execute(command: Command) -> None:
     world, deals = load_world(s, command.reason)
     if command.check:
         preflight.report(world, make_task(world, s.seeds[0], MODES[s.mode[0]].pooled))
-        print("no fatal check failed: without --check it would train")
+        print("no fatal check failed: run without --check to train")
         return
     arms = {mode: arm_settings(s, mode) for mode in s.mode}
     with Run(s, command, {mode: arm.agents for mode, arm in arms.items()},

@@ -4,7 +4,7 @@ In reading order
     1. masked arithmetic   masked_mean, masked_std, whiten
     2. the algorithm       gae, policy_loss, value_loss: tensors and floats in, tensors out
     3. the policy          Policy: a causal LM with a value head, and a mask of ids without token;
-                           Head: its last product, float32 in every dtype
+                           Head: its output embedding, computed in float32
     4. sampling            sample_inverse_cdf, generate
     5. one rollout         PENALTIES, score_tokens, kl_per_token, collect -> Rollout
     6. one update          penalised_rewards, ppo_loss, optimise, gradient
@@ -149,10 +149,10 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 def known_inputs(model: nn.Module, **inputs) -> dict:
-    """Those of the inputs that a model's forward takes.
+    """The inputs without those that the model's forward does not take.
 
-    A few families (Bloom, MPT) find positions in the attention mask by themselves and do not take
-    position_ids; a few make the logits of all positions.
+    A few families find positions in the attention mask by themselves and take no position_ids
+    (Bloom, MPT); a few make the logits of all positions and take no logits_to_keep.
     """
     names = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in names}
@@ -162,7 +162,8 @@ class Head(nn.Linear):
     """The output embedding of a policy: hidden [..., D] -> logits [..., V], in float32 always.
 
     Logits may all carry one large number, near 1,070 in Pythia-70M. It cancels in the softmax, but
-    bfloat16 has steps of 8 there: no two logits could be told apart.
+    bfloat16 has steps of 8 there: no two logits could be told apart. (support/load.py removes the
+    number where it can, which is not from an embedding that is tied to the input's.)
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings()
 
     def precision(self) -> torch.autocast:
-        """The context of a forward; while it is open, each trained weight is cast once."""
+        """Autocast to self.dtype. It keeps each weight that it has cast until it is closed."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.forbidden.device.type, self.dtype, enabled=enabled)
 
@@ -227,10 +228,10 @@ class Policy(nn.Module):
         return output
 
     def read(self, ids: Tensor, mask: Tensor, kept: slice) -> tuple[Tensor, Tensor]:
-        """ids, mask [B, L] -> at the positions `kept`: (what the head reads [B, kept, D], logits).
+        """ids, mask [B, L] -> (hidden states [B, n, D], logits [B, n, V]) at n positions `kept`.
 
         By the model's own forward, so that what a family does to its logits (Gemma 2 caps them,
-        Cohere and Granite scale them) is done here too.
+        Cohere and Granite scale them) is done here too. A hook sees the states that the head reads.
         """
         positions = torch.arange(ids.shape[1], device=ids.device)[kept]
         inputs = known_inputs(
@@ -260,7 +261,10 @@ class Policy(nn.Module):
         return self.masked(logits.float()), values
 
     def decoder(self, prompt_mask: Tensor, max_new_tokens: int) -> Callable[[Tensor], Tensor]:
-        """The forward of the sampler for prompts [B, Q]: see `cached_decoder`."""
+        """The forward of the sampler for prompts [B, Q]: see `cached_decoder`.
+
+        max_new_tokens is for faster forms (support/fast.py).
+        """
         return cached_decoder(self, prompt_mask)
 
 
@@ -313,11 +317,10 @@ def uniforms(
 
 
 def cached_decoder(model: nn.Module, prompt_mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """The forward of one sampled token -> step(tokens [B, L]) -> logits [B, V] after the last.
+    """Make step(tokens [B, L]) -> logits [B, V] of the next token, with a key/value cache inside.
 
-    model: a Policy or any Hugging Face causal LM; prompt_mask [B, Q]. The first call takes the
-    prompt (L = Q), each later one the token drawn last (L = 1); the key/value cache is the step's
-    own.
+    model: a Policy or any Hugging Face causal LM; prompt_mask [B, Q]. The first call of step takes
+    the prompt (L = Q), each later one the token drawn last (L = 1).
     """
     attention, positions, cache = prompt_mask, position_ids(prompt_mask), None
 

@@ -44,7 +44,8 @@ class World:
         self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.eos_ids = tuple(self.model.generation_config.eos_token_id)  # each ends a response
         dtype = getattr(torch, s.dtype)
-        # mu_0, which never moves, is the loaded model itself; every other policy is a copy of it.
+        # The initial policy, mu_0 in the formulas, is the loaded model itself and never moves;
+        # every other policy is a copy of it.
         self.initial = fast.policy(self.model, self.forbidden, dtype).requires_grad_(False)
         load.refuse_dtype(self.initial, s.model)
         self._load_rows()
@@ -64,12 +65,12 @@ class World:
         self.total, self.dropped = loaded.total, loaded.dropped
         self.notes += [loaded.form] if loaded.form else []
         self.prompt_ids: dict[str, list[int]] = {}
-        for templated in (False, True):
+        for templated in (False, True):  # a template's prompts hold BOS already
             prompts = dict.fromkeys(
                 pair.prompt for pair in loaded.pairs if pair.templated is templated)
             self.prompt_ids |= load.prompt_ids(
                 self.tokenizer, list(prompts), self.model, s.response_length, templated)
-        # Rules, judges and people read a prompt's text in the dataset, whose ids decode to another.
+        # Decoding ids need not give back the dataset's text, which rules and people should see.
         self.texts = {tuple(self.prompt_ids[pair.prompt]): pair.plain or pair.prompt
                       for pair in loaded.pairs}
         self.pairs = [pair for pair in loaded.pairs if not (labelled and self._same_when_cut(pair))]
@@ -87,7 +88,9 @@ class World:
         """Whether --response-length leaves nothing that tells chosen from rejected."""
         length = self.settings.response_length
         common = os.path.commonprefix([pair.chosen, pair.rejected])
-        if 4 * len(common) < length - 2:  # a token has a byte at least, a character four at most
+        # A quick way out, without tokenizing: a character has at most 4 bytes, and so 4 tokens (and
+        # a tokenizer may put a space before them).
+        if 4 * len(common) < length - 2:
             return False
         chosen, rejected = self._response_ids([(pair, pair.chosen), (pair, pair.rejected)], True)
         return chosen == rejected
@@ -163,13 +166,13 @@ class World:
 
 @dataclass(frozen=True)
 class Task:
-    """What one seed gives: agent i owns shards[i] and scorers[i]; the rest is held out."""
+    """What one seed gives: a shard and a scorer for each agent, evaluation prompts and a judge."""
 
     seed: int
     shards: list[data.Shard]
     scorers: list[data.Scorer]
-    accuracies: list[tuple[float, int] | None]  # of each agent's reward model, on so many pairs
-    spreads: list[float]  # of each agent's reward on samples, before it was normalised
+    accuracies: list[tuple[float, int] | None]  # per agent: (accuracy, held-out pairs), or given
+    spreads: list[float]  # per agent: std of its raw reward on the initial policy's responses
     eval_prompts: list[str]
     judge: data.Scorer | None
     judge_accuracy: tuple[float, int] | None

@@ -157,7 +157,7 @@ def load_model(name: str, device: torch.device | str, say: Callable[[str], None]
 
 
 def refuse_adapter(name: str) -> None:
-    """A folder of LoRA weights alone is no model. Raises UserError."""
+    """Raise UserError if the folder holds a LoRA adapter and no model."""
     folder = Path(name)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UserError(f"the folder {name!r} holds a LoRA adapter, not a whole model: merge it "
@@ -165,7 +165,7 @@ def refuse_adapter(name: str) -> None:
 
 
 def _refuse_random_weights(info: dict) -> None:
-    """transformers fills weights that a checkpoint lacks at random: raises ValueError instead."""
+    """Raise ValueError if a checkpoint lacks weights, which transformers would fill at random."""
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"the checkpoint lacks {', '.join(missing[:3])}, which would be random")
 
@@ -173,9 +173,8 @@ def _refuse_random_weights(info: dict) -> None:
 def eos_ids(tokenizer, model) -> tuple[int, ...]:
     """The ids that end a response: the tokenizer's EOS first, then others of generation_config.
 
-    transformers derives a generation_config from the model's where there is none, and a model's
-    config that was never told an EOS has a default that means another token here: of such, only
-    special tokens count.
+    Without a generation_config.json transformers copies the EOS id from the model's config. That id
+    may be a mere default, which is an ordinary token here: so then only special tokens count.
     """
     config, vocabulary = model.generation_config, set(tokenizer.get_vocab().values())
     named = config.eos_token_id
@@ -189,10 +188,11 @@ def eos_ids(tokenizer, model) -> tuple[int, ...]:
 
 
 def choose_pad(tokenizer, ends: tuple[int, ...]) -> None:
-    """Give a tokenizer without a pad token of its own one: masks say what is a pad, so any will do.
+    """Set a pad token if the tokenizer has none, or one that ends responses.
 
-    One that no text has is best, since it can be forbidden: Pythia has `<|padding|>` at id 1 and
-    sets no pad token. Else a reserved token, or the unknown one; else EOS.
+    Masks say what is a pad, so any id will do. One that no text has is best, since it can be
+    forbidden: Pythia has `<|padding|>` at id 1 and sets no pad token. Else a reserved token, or the
+    unknown one; else EOS.
     """
     if tokenizer.pad_token_id not in (None, *ends):
         return
@@ -207,17 +207,17 @@ def choose_pad(tokenizer, ends: tuple[int, ...]) -> None:
     tokenizer.pad_token = [*reserved, *unknown, tokenizer.eos_token][0]
 
 
-OFFSET = 16.0  # logits about this number have steps of 2e-6 in float32: nothing is lost below
+OFFSET = 16.0  # a smaller number in common stays: float32's steps are then 2e-6 at most
 
 
 @torch.no_grad()
 def centre_logits(model, allowed: Tensor, say: Callable[[str], None]) -> None:
-    """Take a number that all logits have in common off an output embedding of its own.
+    """Remove a number that all logits have in common, if the output embedding is not tied.
 
-    Pythia-70M's logits lie near 1,070. The softmax does not see that, but in float32 it costs four
-    digits. Subtracting the mean row (over the allowed ids [V] bool) from every row takes the same
-    number off all logits of a state, so the function stays the same; where that is not so, since
-    the model caps its logits, it is undone. A tied embedding is left alone: it is the input's too.
+    Pythia-70M's logits lie near 1,070. The softmax does not see that, but float32 loses three
+    digits to it. Subtracting the mean row (over the allowed ids [V] bool) from every row takes the
+    same number off all logits of a state, so the function stays the same; where that is not so,
+    since the model caps its logits, it is undone. A tied embedding is the input's too, and stays.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     ids = allowed.nonzero().flatten()[:32].to(model.device)[None]
@@ -245,20 +245,20 @@ def centre_logits(model, allowed: Tensor, say: Callable[[str], None]) -> None:
 
 
 @torch.no_grad()
-def why_no_decoder(model, allowed: Tensor) -> str:
-    """What keeps a model from being a policy, "" if nothing does. allowed [n]: ids of tokens.
+def why_no_decoder(model, token_ids: Tensor) -> str:
+    """What keeps a model from being a policy, "" if nothing does. token_ids [n].
 
     A token must not see later ones; padding on the left must change nothing; and what is kept of
     a text while it is written must give the logits that the whole text gives.
     """
-    T = min(6, len(allowed))
-    ids = allowed[:T].to(model.device)[None]  # [1, T]
+    T = min(6, len(token_ids))
+    ids = token_ids[:T].to(model.device)[None]  # [1, T]
     mask = torch.ones_like(ids)
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:  # [1, L, V]
         return model(**known_inputs(
             model, input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
-            use_cache=False)).logits.float()[..., allowed]
+            use_cache=False)).logits.float()[..., token_ids]
 
     try:
         whole = logits(ids, mask)
@@ -272,18 +272,18 @@ def why_no_decoder(model, allowed: Tensor) -> str:
         other = torch.cat([ids[:, :-1], ids[:, :1]], 1)  # with another last token
         if differs(logits(other, mask)[:, :-1], whole[:, :-1]):
             return "its tokens see later ones, so it is no decoder"
-        if differs(model(input_ids=ids).logits.float()[..., allowed], whole):
+        if differs(model(input_ids=ids).logits.float()[..., token_ids], whole):
             return "it counts positions in a way of its own"  # RoBERTa's begin behind the pad's id
         output = model(**known_inputs(model, input_ids=ids, attention_mask=mask, use_cache=True))
         if getattr(output, "past_key_values", None) is None:
             return "it keeps no key/value cache, which sampling needs"
-        padded = torch.nn.functional.pad(ids, (3, 0), value=int(allowed[-1]))
+        padded = torch.nn.functional.pad(ids, (3, 0), value=int(token_ids[-1]))
         attention = torch.nn.functional.pad(mask, (3, 0))
         if differs(logits(padded, attention)[:, 3:], whole):
             return "padding on the left changes its logits"
         step = cached_decoder(model, attention[:, :-2])
         steps = [step(padded[:, :-2]), step(ids[:, -2:-1]), step(ids[:, -1:])]
-        if differs(torch.stack(steps, 1)[..., allowed].float(), whole[:, -3:]):
+        if differs(torch.stack(steps, 1)[..., token_ids].float(), whole[:, -3:]):
             return "its cache gives other logits than the whole text"
     except Exception as error:  # models fail in many ways
         return f"its forward fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
@@ -292,7 +292,7 @@ def why_no_decoder(model, allowed: Tensor) -> str:
 
 @torch.no_grad()
 def refuse_dtype(policy, name: str) -> None:
-    """A few families mix types in a forward of their own (DBRX). Raises UserError."""
+    """Raise UserError if a forward fails in the policy's dtype, as DBRX's does in bfloat16."""
     token = torch.zeros(1, 2, dtype=torch.long, device=policy.forbidden.device)
     try:
         policy.response_forward(token, torch.ones_like(token), 1)

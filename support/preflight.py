@@ -16,7 +16,7 @@ from data import UserError, generator
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the list: `value` must be at most `limit`, or at least if `floor`."""
+    """One line of the list. value <= limit passes; with floor, value >= limit does."""
 
     name: str
     value: float
@@ -33,7 +33,7 @@ class Check:
         mark = "ok  " if self.passed else "FAIL" if self.fatal else "WARN"
         bound = f"at {'least' if self.floor else 'most'} {self.limit:.3g}"
         line = f"  {mark}  {self.name}: {self.value:.3g} ({bound})"
-        return line if self.passed else f"{line}: {self.cause}"
+        return line if self.passed else f"{line}; {self.cause}"
 
 
 def report(world, task) -> None:
@@ -49,7 +49,7 @@ def report(world, task) -> None:
 
 
 def preflight(world, task) -> list[Check]:
-    """Every check of a task's first agent, its model and its data."""
+    """The forward checks on agent 0's data, and the rewards of all agents and the judge."""
     checks = forward_checks(world, task) + vocabulary_checks(world)
     checks += [Check(f"spread of agent {i}'s reward on samples of the initial policy", std, 1e-6,
                      "it is the same for all of them: nothing can be learned from it", floor=True,
@@ -77,6 +77,7 @@ def forward_checks(world, task) -> list[Check]:
     valid = rollout.mask.bool()
 
     def worst(difference: torch.Tensor, rows: slice = slice(None)) -> float:
+        """The largest absolute value at valid tokens of some rows."""
         return torch.where(valid[rows], difference, 0).abs().max().item()
 
     def logprobs(rows: slice, pads: int) -> torch.Tensor:
@@ -90,25 +91,25 @@ def forward_checks(world, task) -> list[Check]:
     ratio = (logprobs(half, 0) - rollout.logprobs[half]).exp()
     rows = rollout.ids, rollout.attention, rollout.response, rollout.mask
     all_logprobs = ppo_core.score_tokens(policy, *rows, s.temperature)[1]
-    # The difference of log-probs that one row may have when it is computed in two ways: float32's
-    # rounding at the size of these logits, a few times.
+    # How far rounding can move a log-prob that is computed in two ways: in float32, 8 eps at the
+    # size of the largest logit. A ratio of the same forward has a tenth of that.
     logits = policy.response_forward(*rows[:2], rollout.prompt_length)[0][..., ~policy.forbidden]
     size = logits.abs().max().item() / s.temperature
     rounding = max(1e-4 if s.dtype == "float32" else 0.2, 8 * torch.finfo().eps * size)
     return [
-        Check("ratio on the first minibatch, |ratio - 1|", worst(ratio - 1, half), rounding / 10,
-              "old and new log-probs come from different forwards, temperatures or precisions, or "
-              "dropout is on"),
+        Check("new / old probability before any step, |ratio - 1|", worst(ratio - 1, half),
+              rounding / 10, "old and new log-probs come from different forwards, temperatures or "
+              "precisions, or dropout is on"),
         Check("KL while policy = reference, nats per token", worst(rollout.kl), 1e-5,
               "policy and reference differ in temperature, mask or precision"),
-        Check("left padding, change of log-probs",
+        Check("more left padding, largest change of log-probs, nats",
               worst(logprobs(everything, 3) - rollout.logprobs), rounding,
               "the model does not honour attention_mask or position_ids"),
-        Check("cached sampling against the training forward, log-probs",
+        Check("sampler's cache and training forward, largest difference of log-probs, nats",
               worst(cached_logprobs(policy, rollout, s.temperature) - rollout.logprobs), rounding,
               "the key/value cache is wrong"),
         *dtype_checks(policy, rollout, s),
-        Check("EOS can be sampled, largest probability",
+        Check("largest probability of EOS",
               worst(all_logprobs[..., list(world.eos_ids)].exp().sum(-1)), 1e-4,
               "the model has not learned to end: a longer --response-length, or "
               "--missing-eos-penalty 0", floor=True, fatal=False),
@@ -132,8 +133,8 @@ def unknown_checks(world, worst, all_logprobs: torch.Tensor) -> list[Check]:
     unknown = world.tokenizer.unk_token_id
     if unknown is None or world.forbidden[unknown] or unknown in world.eos_ids:
         return []
-    return [Check(f"the unknown token {world.tokenizer.unk_token} can be sampled, largest "
-                  "probability", worst(all_logprobs[..., unknown].exp()), 1e-3,
+    return [Check(f"largest probability of the unknown token {world.tokenizer.unk_token}",
+                  worst(all_logprobs[..., unknown].exp()), 1e-3,
                   "the model has learned to write it: it counts as a token, and rules and judges "
                   "do not see it", fatal=False)]
 

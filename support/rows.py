@@ -29,7 +29,7 @@ from data import Pair, UserError
 
 @dataclass(frozen=True)
 class Rows:
-    """What a dataset gives. dropped: {reason: number of rows}, of all the rows that it has."""
+    """The pairs of the splits read, the total rows of these, and dropped {reason: rows}."""
 
     pairs: list[Pair]
     dropped: Counter
@@ -124,9 +124,10 @@ class Talk:
 
 
 def _pair(row, labelled: bool, template: Callable | None) -> tuple[Pair | None, str]:
-    """A row -> (its pair without a split, the form of its prompt); None: it compares nothing.
+    """A row -> (its pair without a split, the form of its prompt).
 
-    Without labels the responses are empty. Raises ValueError, which says what is wrong.
+    The pair is None if the two responses answer different prompts. Without labels the responses
+    are empty. Raises ValueError, which says what is wrong.
     """
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
@@ -154,10 +155,11 @@ def _pair(row, labelled: bool, template: Callable | None) -> tuple[Pair | None, 
     texts = [talk.turns[-1][1] if isinstance(talk, Talk) else talk for talk in (chosen, rejected)]
     talks = [talk for talk in (chosen, rejected) if isinstance(talk, Talk)]
     if len(talks) == 2:
-        (one, other), n = (talk.turns for talk in talks), 0
+        one, other = (talk.turns for talk in talks)
+        n = 0  # turns that both share
         while n < min(len(one), len(other)) - 1 and one[n] == other[n]:
             n += 1
-        if one[:-1] != other[:-1]:  # they part before the last turn: there is what was preferred
+        if one[:-1] != other[:-1]:  # the first turns that differ are what was compared
             if (one[n][0], other[n][0]) != ("assistant", "assistant"):
                 return None, ""
             texts = [one[n][1], other[n][1]]
@@ -180,10 +182,10 @@ def _pair(row, labelled: bool, template: Callable | None) -> tuple[Pair | None, 
 
 
 def _prompt(column: str | Talk | None, before: Talk) -> str | Talk:
-    """The prompt: what a conversation has before its response, and what stands in the column.
+    """Join the prompt column and `before`, the turns of a conversation before its response.
 
-    A whole conversation repeats the column, as a rule, and is the better of the two; a response
-    alone, or one that begins with the assistant, follows on it.
+    If `before` is empty, the column is the prompt. If it begins with the assistant, it continues
+    the column. Else it is the prompt itself, unless the column ends with it and so holds more.
     """
     if before.marked or column is None:
         return before
@@ -210,9 +212,10 @@ def _text(prompt: str | Talk, template: Callable | None) -> tuple[str, str, str]
 
 
 def _read(name: str, cell, whole: bool) -> str | Talk:
-    """A cell's text, or its conversation up to the last assistant turn if it is a whole one.
+    """A cell as text, or as the turns of a conversation. Raises ValueError.
 
-    whole: it must end with an assistant turn, and a string may be marked as hh-rlhf's are.
+    whole: a string may be a conversation in hh-rlhf's form, and a list of messages must hold an
+    assistant turn. Turns after the last assistant turn are left out.
     """
     if isinstance(cell, str):
         marks = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + cell.strip())

@@ -397,4 +397,4 @@ def test_topics_in_a_column_are_splits(base, tmp_path, capfd):
     assert fedppo.main([*base, *flags]) == 0
     deals = json.loads((tmp_path / "runs/run/config.json").read_text())["deals"]["0"]
     assert [deal["splits"] for deal in deals] == [["a"], ["b"]]
-    assert "agent 1 has 19 rows of 19 prompts, of b (4 fit" in capfd.readouterr().out
+    assert "agent 1: 19 rows of 19 prompts from b; 4 pairs fit" in capfd.readouterr().out

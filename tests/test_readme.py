@@ -60,7 +60,7 @@ def test_readme_is_short():
 def test_every_flag_is_one_of_the_command_line(page):
     scripts = [ROOT / "plot.py", *(ROOT / "benchmarks").glob("*.py")]
     known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings)}
-    known |= {"--check", "--resume", "--help"}
+    known |= {"--check", "--resume", "--help", "--no-response-eos"}
     known |= {flag for path in scripts
               for flag in re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text())}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[page]))

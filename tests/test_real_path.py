@@ -185,7 +185,7 @@ def test_the_small_model_leaves_everything_a_run_promises(tmp_path, small_model,
     deals = json.loads((folder / "config.json").read_text())["deals"]["0"]
     for deal in deals:
         assert deal["pairs"] == 8 and deal["splits"] == ["descriptiveness", "sentiment"]
-        said = "agent {agent} has {rows} rows of {prompts} prompts, of desc".format(**deal)
+        said = "agent {agent}: {rows} rows of {prompts} prompts from desc".format(**deal)
         assert said in printed
     assert len(deals) == 2 and f"picture   {folder / 'curves.png'}" in printed
     rows = check_metrics(folder, updates=2)
