@@ -49,8 +49,8 @@ class Pair:
 
     Texts carry no space where prompt and response meet. `prompt` is the text that the model reads;
     rows with the same prompt go to one agent. `plain` is what rules and people read, without a chat
-    template's marks. After a template the response follows at once, else after one space. `split`
-    names the part of the dataset.
+    template's marks. `joint` stands between prompt and response: one space, or what a template has
+    there. `split` names the part of the dataset.
     """
 
     prompt: str
@@ -59,6 +59,7 @@ class Pair:
     split: str
     plain: str = ""
     templated: bool = False
+    joint: str = " "
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,12 @@ def by_prompt(rows: list[Pair]) -> list[list[Pair]]:
 
 
 def split_by_prompt(rows: list[Pair], n: int) -> tuple[list[Pair], list[Pair]]:
-    """Take whole prompts until n rows or more are taken -> (their rows, all other rows)."""
+    """Take whole prompts until n rows or more are taken -> (their rows, all other rows).
+
+    One prompt at least is left.
+    """
     groups, first, taken = by_prompt(rows), [], 0
-    while taken < len(groups) and len(first) < n:
+    while taken < len(groups) - 1 and len(first) < n:
         first += groups[taken]
         taken += 1
     return first, [pair for group in groups[taken:] for pair in group]
@@ -160,7 +164,7 @@ def _shard(rows: list[Pair], n_pairs: int, who: str, taken: str) -> Shard:
         raise UserError(f"{who} has no prompt ({taken}): lower --eval-prompts or --agents, use "
                         "--shards iid, or more data")
     heldout, rest = split_by_prompt(rows, min(256, max(1, len(rows) // 5)))
-    train = rest[:n_pairs]
+    train = rest[:n_pairs] if heldout else []
     if len(train) < n_pairs:
         remedy = f"lower --pairs to {len(train)}" if train else "lower --agents"
         raise UserError(f"{who} has {len(rows)} usable preference rows of {len(prompts)} prompts "
@@ -219,39 +223,53 @@ def encode_response(tokenizer, response: str, max_tokens: int, eos: bool, prompt
     return encode_responses(tokenizer, [(prompt, joint, response)], max_tokens, eos)[0]
 
 
-def encode_responses(tokenizer, texts: list[tuple[str, str, str]], max_tokens: int,
-                     eos: bool) -> list[list[int]]:
+def encode_responses(tokenizer, texts: list[tuple[str, str, str]], max_tokens: int, eos: bool,
+                     eos_id: tuple[int, ...] = ()) -> list[list[int]]:
     """(prompt, joint, response) texts -> each response's ids, as a policy would have sampled them.
 
-    The joint is one space, which in a BPE vocabulary is part of the response's first token, or ""
-    after a chat template. The ids are those of the whole text behind the prompt's own: a tokenizer
-    that puts a space before every text (Llama 2) would put it before the response too.
-    An EOS in a response ends it; other special tokens in it are text. At most max_tokens ids are
-    kept. A response of fewer has ended, and gets EOS if `eos`; a longer one is cut and has none.
+    The joint is one space, which in a BPE vocabulary is part of the response's first token, or what
+    a chat template puts there. The ids are those of the whole text behind the prompt's own: a
+    tokenizer that puts a space before every text (Llama 2) would put it before the response too.
+    An EOS in a response ends it (any of eos_id); other special tokens in it are text. At most
+    max_tokens ids are kept. A response of fewer has ended, and gets EOS if `eos`; a longer one is
+    cut and has none.
     """
     def encode(some: list[str]) -> list[list[int]]:
         return tokenizer(some, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    if not texts:
-        return []
-    end = tokenizer.eos_token
-    texts = [(prompt, joint, response.split(end)[0].rstrip() if end in response else response)
-             for prompt, joint, response in texts]
+    ends = set(eos_id) | {tokenizer.eos_token_id}
+    names = [name for name in tokenizer.convert_ids_to_tokens(sorted(ends))
+             if tokenizer.convert_tokens_to_ids(name) in special_ids(tokenizer)]
     encoded = []
-    for text, before, whole in zip(texts, encode([prompt for prompt, *_ in texts]),
-                                   encode(["".join(text) for text in texts]), strict=True):
-        prompt, joint, response = text
-        if not response:
-            ids = []
-        elif whole[:len(before)] == before:
-            ids = whole[len(before):]
-        elif prompt != PROBE:  # one token spans prompt and response
-            ids = encode_response(tokenizer, response, max_tokens, False, joint=joint)
-        else:
-            ids = encode([joint + response])[0]
-        ended = len(ids) < max_tokens
-        encoded.append(ids[:max_tokens] + [tokenizer.eos_token_id] * (eos and ended))
+    for start in range(0, len(texts), 1000):
+        some = []
+        for prompt, joint, response in texts[start:start + 1000]:
+            cut = min([response.find(name) for name in names if name in response], default=None)
+            some.append((prompt, joint, response if cut is None else response[:cut].rstrip()))
+        prompts = list(dict.fromkeys(prompt for prompt, *_ in some))
+        before = dict(zip(prompts, encode(prompts), strict=True))
+        wholes = encode(["".join(text) for text in some])
+        for (prompt, joint, response), whole in zip(some, wholes, strict=True):
+            n = len(before[prompt])
+            if not response:
+                ids = []
+            elif whole[:n] == before[prompt]:
+                ids = whole[n:]
+            elif prompt != PROBE:  # one token spans prompt and response
+                ids = encode_response(tokenizer, response, len(whole), False, joint=joint)
+            else:
+                ids = encode([joint + response])[0]
+            stop = next((k for k, token in enumerate(ids) if token in ends), len(ids))
+            ids = ids[:min(stop, max_tokens)]
+            ended = len(ids) < max_tokens
+            encoded.append(ids + [tokenizer.eos_token_id] * (eos and ended))
     return encoded
+
+
+def special_ids(tokenizer) -> set[int]:
+    """The ids that are control tokens to the tokenizer, not words of a text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
 
 
 def pad(sequences: list[list[int]], pad_id: int, side: str,

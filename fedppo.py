@@ -232,6 +232,8 @@ class Agent:
             return rollout, weights, None
         kept = [k for k, policy in enumerate(references)
                 if has_logprobs(policy, rollout.ids, rollout.attention)]
+        if len(kept) == len(references):  # they are far, and that is all
+            return rollout, weights, None
         references = [references[k] for k in kept] or [self.policy]
         weights = weights[kept] / weights[kept].sum() if kept else torch.ones_like(weights[:1])
         stream.set_state(before)  # so that the second pass samples the same responses
@@ -562,6 +564,7 @@ def execute(command: Command) -> None:
     started = time.perf_counter()
     s = command.settings
     world, deals = load_world(s, command.reason)
+    s = dataclasses.replace(s, response_eos=world.settings.response_eos)  # as it was decided
     if command.check:
         preflight.report(world, make_task(world, s.seeds[0], MODES[s.mode[0]].pooled))
         print("no fatal check failed: run without --check to train")

@@ -13,7 +13,6 @@ Dimension key: B rows, Q prompt tokens (left-padded).
 
 import copy
 import dataclasses
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,9 @@ from support import fast, load, rows
 from support.settings import FITTED, Settings, decided
 
 # ------------------------------------------------------------------------------------------- World
+
+
+ALIKE = "the model reads another row as the same"  # words it does not know, say
 
 
 class World:
@@ -64,43 +66,49 @@ class World:
             template=load.chat_template(self.tokenizer))
         self.total, self.dropped = loaded.total, loaded.dropped
         self.notes += [loaded.form] if loaded.form else []
+        if loaded.unread:
+            self.notes.append(f"columns that are not read: {', '.join(map(str, loaded.unread))}")
         self.prompt_ids: dict[str, list[int]] = {}
         for templated in (False, True):  # a template's prompts hold BOS already
             prompts = dict.fromkeys(
                 pair.prompt for pair in loaded.pairs if pair.templated is templated)
             self.prompt_ids |= load.prompt_ids(
                 self.tokenizer, list(prompts), self.model, s.response_length, templated)
+        # What the model reads alike is one prompt, and rows that it reads alike are one row.
+        first, pairs = {}, {}
+        for pair in loaded.pairs:
+            prompt = first.setdefault(tuple(self.prompt_ids[pair.prompt]), pair).prompt
+            pair = dataclasses.replace(pair, prompt=prompt)
+            pairs.setdefault((prompt, pair.chosen, pair.rejected), pair)
+        self.dropped[ALIKE] += len(loaded.pairs) - len(pairs)
         # Decoding ids need not give back the dataset's text, which rules and people should see.
-        self.texts = {tuple(self.prompt_ids[pair.prompt]): pair.plain or pair.prompt
-                      for pair in loaded.pairs}
-        self.pairs = [pair for pair in loaded.pairs if not (labelled and self._same_when_cut(pair))]
-        if cut := len(loaded.pairs) - len(self.pairs):
-            reason = f"they are the same in their first {s.response_length} tokens"
-            self.dropped[reason] += cut
-        if not self.pairs:
-            raise data.UserError(f"dataset {s.dataset!r} has no usable pair: all {cut} are the "
-                                 f"same in their first {s.response_length} tokens, so raise "
-                                 "--response-length")
+        self.texts = {ids: pair.plain or pair.prompt for ids, pair in first.items()}
+        self.prompt_ids = {pair.prompt: list(ids) for ids, pair in first.items()}
+        self.pairs = list(pairs.values())
+        shares = self._drop_equal() if labelled else [0.0]
+        self.dropped = +self.dropped
         if s.response_eos is None:
-            self.settings = dataclasses.replace(s, response_eos=labelled and self._responses_end())
+            self.settings = dataclasses.replace(s, response_eos=labelled and self._ended(shares))
 
-    def _same_when_cut(self, pair: data.Pair) -> bool:
-        """Whether --response-length leaves nothing that tells chosen from rejected."""
+    def _drop_equal(self) -> list[float]:
+        """Pairs that --response-length leaves the same go -> of each other: the share that ended.
+
+        Responses end within --response-length tokens, or are cut there.
+        """
         length = self.settings.response_length
-        common = os.path.commonprefix([pair.chosen, pair.rejected])
-        # A quick way out, without tokenizing: a character has at most 4 bytes, and so 4 tokens (and
-        # a tokenizer may put a space before them).
-        if 4 * len(common) < length - 2:
-            return False
-        chosen, rejected = self._response_ids([(pair, pair.chosen), (pair, pair.rejected)], True)
-        return chosen == rejected
+        ids = self._response_ids(self.pairs)
+        kept = [n for n, (chosen, rejected) in enumerate(ids) if chosen != rejected]
+        reason = f"the model reads the same in their first {length} tokens"
+        self.dropped[reason] += len(ids) - len(kept)
+        if not kept:
+            raise data.UserError(f"dataset {self.settings.dataset!r} has no usable pair: {reason}, "
+                                 f"of all {len(ids)}; raise --response-length")
+        self.pairs = [self.pairs[n] for n in kept]
+        return [sum(len(response) < length for response in ids[n]) / 2 for n in kept]
 
-    def _responses_end(self) -> bool:
-        """Whether the data's responses have ended or were cut, by their lengths."""
-        some = self.pairs[::max(1, len(self.pairs) // 256)]
-        texts = [(pair, text) for pair in some for text in (pair.chosen, pair.rejected)]
-        ids = self._response_ids(texts, True)
-        share = sum(row[-1] == self.eos_id for row in ids) / len(ids)
+    def _ended(self, shares: list[float]) -> bool:
+        """Whether the data's responses have ended, as most that were not cut have."""
+        share = sum(shares) / len(shares)
         reads, flag = (("with EOS behind them", "--no-response-eos") if share >= 0.5 else
                        ("without EOS", "--response-eos"))
         self.notes.append(f"{share:.0%} of the responses are shorter than --response-length "
@@ -108,10 +116,14 @@ class World:
                           f"{reads} ({flag} says otherwise)")
         return share >= 0.5
 
-    def _response_ids(self, texts: list[tuple[data.Pair, str]], eos: bool) -> list[list[int]]:
-        """(pair, response) -> the response's ids."""
-        texts = [(pair.prompt, "" if pair.templated else " ", text) for pair, text in texts]
-        return data.encode_responses(self.tokenizer, texts, self.settings.response_length, eos)
+    def _response_ids(self, pairs: list[data.Pair],
+                      eos: bool = False) -> list[tuple[list[int], list[int]]]:
+        """Pairs -> the ids of (chosen, rejected)."""
+        texts = [(pair.prompt, pair.joint, text)
+                 for pair in pairs for text in (pair.chosen, pair.rejected)]
+        ids = data.encode_responses(
+            self.tokenizer, texts, self.settings.response_length, eos, self.eos_ids)
+        return list(zip(ids[::2], ids[1::2], strict=True))
 
     def _given(self, spec: str) -> data.Scorer:
         """The user's judge or reward, called once now, so that it does not fail after hours."""
@@ -143,10 +155,9 @@ class World:
 
     def pair_ids(self, pairs: list[data.Pair]) -> list[tuple[list[int], list[int]]]:
         """Pairs as (prompt + chosen, prompt + rejected) ids, ending as generated responses do."""
-        texts = [(pair, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
-        ids = [self.prompt_ids[pair.prompt] + response for (pair, _), response in zip(
-            texts, self._response_ids(texts, self.settings.response_eos), strict=True)]
-        return list(zip(ids[::2], ids[1::2], strict=True))
+        responses = self._response_ids(pairs, self.settings.response_eos)
+        return [tuple(self.prompt_ids[pair.prompt] + ids for ids in both)
+                for pair, both in zip(pairs, responses, strict=True)]
 
     def fit_reward(
         self, train: list[data.Pair], heldout: list[data.Pair], stream: torch.Generator

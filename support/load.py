@@ -12,10 +12,12 @@ In reading order
 Whatever a library raises about a user's file becomes a UserError of one line.
 """
 
+import contextlib
 import http.client
 import importlib.util
 import json
 import os
+import re
 import sys
 import threading
 import urllib.error
@@ -27,8 +29,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Scorer, UserError, encode_prompts, frame, text_scorer
+from data import Scorer, UserError, encode_prompts, frame, special_ids, text_scorer
 from ppo_core import cached_decoder, known_inputs, position_ids
+from support.rows import Template
 
 HOME = Path(__file__).resolve().parent.parent  # the project's root folder
 MATRICES = ("self", "uniform", "ring", "star", "identity")  # kinds of W that need no file
@@ -137,7 +140,7 @@ def load_model(name: str, device: torch.device | str, say: Callable[[str], None]
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name!r}: the tokenizer has no EOS token, so no response could end")
     ends = eos_ids(tokenizer, model)
-    choose_pad(tokenizer, ends)
+    choose_pad(tokenizer, ends, say)
     forbidden = torch.tensor([index not in token_ids for index in range(rows)])
     forbidden[tokenizer.pad_token_id] = tokenizer.pad_token_id not in ends
     centre_logits(model, ~forbidden, say)
@@ -174,28 +177,32 @@ def eos_ids(tokenizer, model) -> tuple[int, ...]:
     """The ids that end a response: the tokenizer's EOS first, then others of generation_config.
 
     Without a generation_config.json transformers copies the EOS id from the model's config. That id
-    may be a mere default, which is an ordinary token here: so then only special tokens count.
+    may be a mere default, which is another token here: so then only special tokens count that have
+    no other role.
     """
     config, vocabulary = model.generation_config, set(tokenizer.get_vocab().values())
     named = config.eos_token_id
     named = named if isinstance(named, list) else [] if named is None else [named]
-    special = set(tokenizer.all_special_ids)
-    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    other_roles = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id,
+                   tokenizer.sep_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id}
     derived = getattr(config, "_from_model_config", False)
-    others = [index for index in named
-              if index in special or index in vocabulary and not derived]
+    others = [index for index in named if index in vocabulary and
+              (not derived or index in special_ids(tokenizer) - other_roles)]
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *others]))
 
 
-def choose_pad(tokenizer, ends: tuple[int, ...]) -> None:
-    """Set a pad token if the tokenizer has none, or one that ends responses.
+def choose_pad(tokenizer, ends: tuple[int, ...], say: Callable[[str], None]) -> None:
+    """Set a pad token if the tokenizer has none, or one that ends responses or is a word.
 
     Masks say what is a pad, so any id will do. One that no text has is best, since it can be
     forbidden: Pythia has `<|padding|>` at id 1 and sets no pad token. Else a reserved token, or the
     unknown one; else EOS.
     """
     if tokenizer.pad_token_id not in (None, *ends):
-        return
+        if re.search(r"^\W?[<\[].+[>\]]$|pad|unk|reserved|unused", tokenizer.pad_token, re.I):
+            return
+        say(f"the tokenizer's pad token {tokenizer.pad_token!r} is part of ordinary texts: another "
+            "token pads here")
     names = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     names |= {token: index for token, index in tokenizer.get_vocab().items()
               if token in ("<pad>", "[PAD]", "<|padding|>", tokenizer.unk_token)}
@@ -220,10 +227,10 @@ def centre_logits(model, allowed: Tensor, say: Callable[[str], None]) -> None:
     since the model caps its logits, it is undone. A tied embedding is the input's too, and stays.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    ids = allowed.nonzero().flatten()[:32].to(model.device)[None]
+    ids = allowed.nonzero().flatten()[:32].to(model.device)[:, None]  # a token a row: no context
 
     def logits() -> Tensor:  # [32, allowed]
-        return model(input_ids=ids).logits[0][:, allowed].double()
+        return model(input_ids=ids).logits[:, 0, allowed].double()
 
     try:
         before = logits()
@@ -304,21 +311,27 @@ def refuse_dtype(policy, name: str) -> None:
 # ----------------------------------------------------------------------------------------- prompts
 
 
-def chat_template(tokenizer) -> Callable | None:
-    """(role, text) turns -> the prompt that the tokenizer's chat template makes of them, if any."""
+def chat_template(tokenizer) -> Template | None:
+    """The tokenizer's chat template, if it has one."""
     if not getattr(tokenizer, "chat_template", None):
         return None
 
-    def render(turns: list[tuple[str, str]]) -> str:
+    def render(turns: list[tuple[str, str]], open_turn: bool = True) -> str:
         messages = [{"role": role, "content": said} for role, said in turns]
         try:
             return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True)
+                messages, tokenize=False, add_generation_prompt=open_turn)
         except Exception as error:  # templates refuse what their model was not trained on
             raise ValueError("is refused by the tokenizer's chat template: "
                              f"{type(error).__name__}: {error}") from None
 
-    return render
+    # What the template has between a prompt and its response: a space in Llama 2's.
+    joint, probe = "", [("user", "Hello"), ("assistant", "Response")]
+    with contextlib.suppress(ValueError):
+        prompt, whole = render(probe[:1]), render(probe, open_turn=False)
+        between = whole.removeprefix(prompt).partition("Response")[0]
+        joint = between if whole.startswith(prompt) and between.isspace() else ""
+    return Template(render, joint)
 
 
 def prompt_ids(tokenizer, prompts: list[str], model, response_length: int,
@@ -328,9 +341,9 @@ def prompt_ids(tokenizer, prompts: list[str], model, response_length: int,
     if empty := [prompt for prompt in prompts if not ids[prompt]]:
         raise UserError(f"the prompt {empty[0][:40]!r} has no tokens in this model's vocabulary: "
                         "remove such rows")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = positions_of(model)
     longest = max(prompts, key=lambda prompt: len(ids[prompt]), default="")
-    if context and prompts and len(ids[longest]) + response_length > context:
+    if prompts and len(ids[longest]) + response_length > context:
         raise UserError(f"the prompt {longest[:40]!r} has {len(ids[longest])} tokens; with "
                         f"--response-length {response_length} that exceeds the model's context of "
                         f"{context}: shorten or remove such rows, or lower --response-length")
@@ -394,8 +407,7 @@ def _classifier(folder: str, device: torch.device | str) -> Callable:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.truncation_side = "left"
-    context = getattr(model.config, "max_position_embeddings", None) or 10**9
-    longest = min(tokenizer.model_max_length, context)
+    longest = min(tokenizer.model_max_length, positions_of(model))
     scored, cut = 0, 0  # texts so far
 
     @torch.no_grad()
@@ -407,8 +419,10 @@ def _classifier(folder: str, device: torch.device | str) -> Callable:
         now = sum(length > longest for length in lengths)
         scored, cut = scored + len(texts), cut + now
         if now and len(str(cut)) > len(str(cut - now)) or now == cut > 0:  # at 1, 10, 100, ...
+            own = max(len(ids) for ids in tokenizer(responses)["input_ids"])
             tqdm.write(f"warning: {folder} reads {longest} tokens at most: the beginning of the "
-                       f"prompt was cut in {cut} of {scored} texts so far")
+                       f"prompt was cut in {cut} of {scored} texts so far"
+                       + ", and of the response too" * (own > longest))
         scores = []
         for start in range(0, len(texts), 32):
             inputs = tokenizer(texts[start:start + 32], return_tensors="pt", padding=True,
@@ -418,6 +432,15 @@ def _classifier(folder: str, device: torch.device | str) -> Callable:
             scores.append(logits[:, -1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0])
         return torch.cat(scores)
     return score
+
+
+def positions_of(model) -> int:
+    """How many tokens a model has positions for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    for module in model.modules():  # RoBERTa's first positions, up to its pad's id, are no text's
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == positions:
+            return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return positions
 
 
 # ------------------------------------------------------------------------------------ the matrix W

@@ -12,6 +12,7 @@ from tqdm import tqdm
 import kl
 import ppo_core
 from data import UserError, generator
+from support import load
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def preflight(world, task) -> list[Check]:
     for name, fit in (models | {"the judge": task.judge_accuracy}).items():
         if fit is not None:
             accuracy, n = fit
-            chance = 0.5 + 1.645 * 0.5 / n**0.5  # one-sided 95 % bound of a coin
+            chance = min(1, 0.5 + 1.645 * 0.5 / n**0.5)  # one-sided 95 % bound of a coin
             cause = ("no better than chance: more pairs, another --reward-lr or --reward-epochs, "
                      "or labels without signal")
             checks.append(Check(f"{name}, accuracy on {n} held-out pairs", accuracy, chance, cause,
@@ -96,15 +97,18 @@ def forward_checks(world, task) -> list[Check]:
     logits = policy.response_forward(*rows[:2], rollout.prompt_length)[0][..., ~policy.forbidden]
     size = logits.abs().max().item() / s.temperature
     rounding = max(1e-4 if s.dtype == "float32" else 0.2, 8 * torch.finfo().eps * size)
+    context = load.positions_of(policy.model) - rollout.ids.shape[1]
+    pads = min(3, context)
+    padding = [Check("more left padding, largest change of log-probs, nats",
+                     worst(logprobs(everything, pads) - rollout.logprobs), rounding,
+                     "the model does not honour attention_mask or position_ids")] if pads else []
     return [
         Check("new / old probability before any step, |ratio - 1|", worst(ratio - 1, half),
               rounding / 10, "old and new log-probs come from different forwards, temperatures or "
               "precisions, or dropout is on"),
         Check("KL while policy = reference, nats per token", worst(rollout.kl), 1e-5,
               "policy and reference differ in temperature, mask or precision"),
-        Check("more left padding, largest change of log-probs, nats",
-              worst(logprobs(everything, 3) - rollout.logprobs), rounding,
-              "the model does not honour attention_mask or position_ids"),
+        *padding,
         Check("sampler's cache and training forward, largest difference of log-probs, nats",
               worst(cached_logprobs(policy, rollout, s.temperature) - rollout.logprobs), rounding,
               "the key/value cache is wrong"),

@@ -106,9 +106,13 @@ class Run:
                 write_text(config, json.dumps(content, indent=2) + "\n")
             self.lock = lock(config)
             if self.resumed:
-                if json.loads(config.read_text(encoding="utf-8")).get("matrix") != matrix:
+                then = json.loads(config.read_text(encoding="utf-8"))
+                if then.get("matrix") != matrix:
                     raise UserError(f"--resume {self.folder}: {s.topology} is no longer the matrix "
                                     "that the run was started with")
+                if then.get("deals") != json.loads(json.dumps(deals)):
+                    raise UserError(f"--resume {self.folder}: {s.dataset} no longer gives the "
+                                    "agents what the run was started with")
                 self.go_back()
         except OSError as error:
             if self.resumed:

@@ -14,7 +14,7 @@ import worlds
 
 import data
 import fedppo
-from support import load, rows
+from support import load, rows, run
 
 
 @pytest.fixture
@@ -398,3 +398,24 @@ def test_topics_in_a_column_are_splits(base, tmp_path, capfd):
     deals = json.loads((tmp_path / "runs/run/config.json").read_text())["deals"]["0"]
     assert [deal["splits"] for deal in deals] == [["a"], ["b"]]
     assert "agent 1: 19 rows of 19 prompts from b; 4 pairs fit" in capfd.readouterr().out
+
+
+def test_one_prompt_with_most_of_the_rows_leaves_something_to_fit(base, tmp_path):
+    """It cannot be cut in two: all of it tests a model, or the judge's, and others must be left."""
+    table = [row | {"prompt": "The room was"} if i < 30 else row
+             for i, row in enumerate(worlds.text_rows(60))]
+    path = worlds.write_jsonl(tmp_path / "most.jsonl", table)
+    codes = {fedppo.main([*base, "--dataset", str(path), "--judge", "heldout", "--seeds",
+                          str(seed), "--name", f"run{seed}"]) for seed in range(6)}
+    assert 0 in codes <= {0, 2}
+
+
+def test_a_run_is_not_resumed_on_other_data(base, tmp_path, monkeypatch, capfd):
+    """Also where nothing was saved that would tell: config.json knows what was dealt."""
+    path = worlds.write_jsonl(tmp_path / "rows.jsonl", worlds.text_rows(40))
+    monkeypatch.setattr(fedppo.Agent, "update", lambda *args: (_ for _ in ()).throw(
+        run.Stopped(15)))
+    assert fedppo.main([*base, "--dataset", str(path)]) == 143
+    worlds.write_jsonl(path, worlds.text_rows(34))
+    assert fedppo.main(["--resume", str(tmp_path / "runs/run")]) == 2
+    assert "no longer gives the agents what the run was" in capfd.readouterr().err

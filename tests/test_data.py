@@ -274,6 +274,11 @@ def test_a_prompt_is_shown_as_the_dataset_has_it(tokenizer):
 
 
 def test_any_of_several_ids_ends_a_response(tokenizer):
+    """In what was sampled, and in a text of the data: special ones by name, others by id."""
+    dot, = tokenizer(".")["input_ids"]
+    for text, eos_id in (("lovely <|padding|> and so", (0, 1)), ("lovely. And so", (0, dot))):
+        ids = data.encode_responses(tokenizer, [("The room", " ", text)], 9, True, eos_id)[0]
+        assert ids == [*tokenizer(" lovely")["input_ids"], 0]
     ends = []
 
     def rule(prompts, responses, ended):

@@ -912,11 +912,27 @@ def test_detail_32_no_prompt_is_in_two_parts_and_equal_pairs_are_dropped(
     world = fedppo.World(settings)
     assert len(world.pairs) == 40 and world.total == 203
     assert dict(world.dropped) == {
-        rows.DUPLICATE: 160, "they are the same in their first 6 tokens": 3}
+        rows.DUPLICATE: 160, "the model reads the same in their first 6 tokens": 3}
     eval_prompts, shards, judge = fedppo.deal_rows(world, 0)
     parts = [judge, *(part for shard in shards for part in (shard.train, shard.heldout))]
     prompts = [prompt for part in parts for prompt in {pair.prompt for pair in part}]
     assert len({*prompts, *eval_prompts}) == len(prompts) + len(eval_prompts)
+
+
+def test_detail_32_what_the_model_reads_alike_is_one_prompt_and_one_response(
+        small_model, small_settings, tmp_path):
+    """Another text with the same ids would carry a prompt from an agent's pairs to the judge's."""
+    end = "<|endoftext|>"  # taken off prompts, and the end of a response
+    table = worlds.text_rows(30)
+    table += [row | {"prompt": row["prompt"] + end} for row in table]
+    table += [{"prompt": f"The tea {i} was", "chosen": f"calm{end}x", "rejected": f"calm{end}y"}
+              for i in range(4)]
+    path = worlds.write_jsonl(tmp_path / "pairs.jsonl", table)
+    world = fedppo.World(small_settings(model=str(small_model), dataset=str(path), judge="none"))
+    assert len(world.pairs) == 30 == len({tuple(ids) for ids in world.prompt_ids.values()}) - 4
+    assert world.dropped["the model reads another row as the same"] == 30
+    assert sum(world.dropped.values()) == 34
+    assert set(world.texts.values()) == {row["prompt"] for row in table[:30] + table[60:]}
 
 
 def test_detail_33_any_id_may_be_the_pad(toy_policy, small_settings):

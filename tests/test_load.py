@@ -20,9 +20,12 @@ from transformers import (
     GPTNeoXForSequenceClassification,
     GPTNeoXModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 from worlds import refused
 
+import data
 from support import load
 
 # ------------------------------------------------------------------------------------------ places
@@ -71,11 +74,12 @@ NAMES = ["<pad>", "<|reserved_special_token_7|>", "<unk>"]
 
 
 @pytest.mark.parametrize("given, names, pad", [
-    (7, [], 7), (0, [], 1), (None, [], 1), ("none", [], 0), ("none", NAMES[:1], 320),
-    ("none", NAMES[1:], 320), ("none", NAMES[2:], 320), (0, NAMES[::-1], 1)])
+    (7, [], 1), (0, [], 1), (None, [], 1), ("none", [], 0), ("<unk>", NAMES[2:], 320),
+    ("none", NAMES[:1], 320), ("none", NAMES[1:], 320), ("none", NAMES[2:], 320),
+    (0, NAMES[::-1], 1)])
 def test_any_tokenizer_gets_a_pad(tmp_path, given, names, pad):
-    """Details 2 and 33: its own, unless that is EOS; else `<|padding|>` or another that no text
-    has, which is forbidden; else EOS, which is not. "none": it has no token `<|padding|>`.
+    """Details 2 and 33: its own, unless that is EOS or a letter; else `<|padding|>` or another that
+    no text has, which is forbidden; else EOS, which is not. "none": it has no `<|padding|>`.
     """
     worlds.save_model(tmp_path)
     tokenizer = worlds.save_tokenizer(tmp_path, padding=given != "none")
@@ -83,8 +87,8 @@ def test_any_tokenizer_gets_a_pad(tmp_path, given, names, pad):
     tokenizer.add_special_tokens({"additional_special_tokens": list(dict.fromkeys(names))})
     if "<unk>" in names:
         tokenizer.unk_token = "<unk>"
-    if isinstance(given, int):
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(given)
+    if given in ("<unk>", 0, 7):
+        tokenizer.pad_token = given if given == "<unk>" else tokenizer.convert_ids_to_tokens(given)
     tokenizer.save_pretrained(tmp_path)
     model, tokenizer, forbidden = load.load_model(str(tmp_path), "cpu")
     assert tokenizer.pad_token_id == model.generation_config.pad_token_id == pad
@@ -94,11 +98,16 @@ def test_any_tokenizer_gets_a_pad(tmp_path, given, names, pad):
 
 @pytest.mark.parametrize("named, derived, ends", [
     (None, False, [0]), (0, True, [0]), (7, True, [0]), (7, False, [0, 7]), ([0, 7], False, [0, 7]),
-    ([7, 1], False, [0, 7, 1]), ([1, 7], True, [0, 1]), ([0, 351], False, [0])])
+    ([7, 1], False, [0, 7, 1]), ([1, 7], True, [0, 1]), ([0, 351], False, [0]),
+    ("bos", True, [0])])
 def test_every_eos_of_generation_config_counts_and_no_default_of_a_config(
         tmp_path, named, derived, ends):
     """Llama 3 names three; a GPT-NeoX config that was never told one says 2, which is a letter."""
     worlds.save_model(tmp_path)
+    if named == "bos":
+        tokenizer, named = worlds.save_tokenizer(tmp_path), 1
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(1)
+        tokenizer.save_pretrained(tmp_path)
     config = {"eos_token_id": named, "_from_model_config": derived}
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     said = []
@@ -125,11 +134,27 @@ def test_a_chat_template_makes_the_prompt_and_what_it_refuses_is_said(tmp_path):
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
         "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}")
-    render = load.chat_template(tokenizer)
+    render = load.chat_template(tokenizer).render
     assert render([("user", "Hi"), ("assistant", "Yes"), ("user", "So?")]) == (
         "<user>Hi<assistant>Yes<user>So?<assistant>")
+    assert load.chat_template(tokenizer).joint == ""
     with pytest.raises(ValueError, match="refused by the tokenizer's chat template.*no system"):
         render([("system", "Be kind")])
+
+
+def test_what_a_template_has_between_prompt_and_response_is_kept(tmp_path):
+    """Llama 2's puts a space there: the reward model must see the tokens that are written."""
+    tokenizer = worlds.save_tokenizer(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+    made = load.chat_template(tokenizer)
+    prompt = made.render([("user", "The room was")])
+    assert (prompt, made.joint) == ("[INST] The room was [/INST]", " ")
+    ids = data.encode_responses(tokenizer, [(prompt, made.joint, "lovely")], 9, eos=True)[0]
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": "The room was"},
+                                           {"role": "assistant", "content": "lovely"}])
+    assert whole["input_ids"] == data.encode_prompts(tokenizer, [prompt], True)[0] + ids
 
 
 def test_logits_that_are_capped_keep_their_offset(tmp_path):
@@ -356,12 +381,27 @@ def test_a_classifier_cuts_the_prompt_and_says_how_often(tmp_path, tokenizer, ca
     scores = scorer(*worlds.batch_of(tokenizer, [long, "It " * 30 + long, short],
                                      ["lovely and calm|"] * 3)).tolist()
     assert scores[0] == pytest.approx(scores[1], abs=1e-5) and abs(scores[0] - scores[2]) > 1e-4
-    assert "reads 16 tokens at most: the beginning of the prompt was cut in 2 of 3" in (
-        capfd.readouterr().out)
+    printed = capfd.readouterr().out
+    assert "reads 16 tokens at most: the beginning of the prompt was cut in 2 of 3" in printed
+    assert "response too" not in printed
     scorer(*worlds.batch_of(tokenizer, [long], ["dull|"]))
     assert not capfd.readouterr().out, "it is said at 1, 10, 100, ..."
     scorer(*worlds.batch_of(tokenizer, [long] * 9, ["dull|"] * 9))
     assert "cut in 12 of 13" in capfd.readouterr().out
+
+
+def test_a_classifier_is_given_no_more_tokens_than_it_has_positions_for(tmp_path, capfd):
+    """RoBERTa's first text position comes behind its pad's id; and a response can be too long."""
+    tokenizer = worlds.save_tokenizer(tmp_path)
+    shape = RobertaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                          num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=16,
+                          num_labels=1, pad_token_id=1)
+    RobertaForSequenceClassification(shape).save_pretrained(tmp_path)
+    scorer = load.load_scorer(str(tmp_path), tokenizer, "cpu")
+    scores = scorer(*worlds.batch_of(tokenizer, ["The room"] * 2, ["so " * 40 + "|", "calm|"]))
+    assert torch.isfinite(scores).all()
+    printed = capfd.readouterr().out
+    assert "reads 14 tokens at most" in printed and "and of the response too" in printed
 
 
 def test_what_is_no_judge_is_refused(tmp_path, tokenizer, small_model):

@@ -405,7 +405,7 @@ def test_what_is_not_as_it_was_is_refused_in_one_line(stopped_in, unstopped, res
     for flags, says in (("--agents 3", "--agents 3 differs from the run's 2"),
                         ("--lr 0.5", "--lr 0.5 differs from the run's none"),
                         ("--mode isolated", "from the run's federated merged"),
-                        ("--name x", "--name x differs"), ("--no-response-eos", "the run's none")):
+                        ("--name x", "--name x differs"), ("--response-eos", "the run's False")):
         assert says in resumed(folder, *flags.split(), code=2)
     for auto in ("--device auto", "--preset auto", "--micro-batch 0", "--agents 2"):
         settings.parse(["--resume", str(folder), *auto.split()], fedppo.MODES)

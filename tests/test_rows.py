@@ -84,6 +84,34 @@ def csv_folder(folder, splits):
     return folder
 
 
+def semicolons(folder, splits):
+    """As a spreadsheet writes it where the comma is the decimal sign; spaces in the header."""
+    folder.mkdir()
+    for name, table in splits.items():
+        with (folder / f"{name}.csv").open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.writer(file, delimiter=";")
+            writer.writerow([f" {key} " for key in table[0]])
+            writer.writerows([cell if isinstance(cell, str) else json.dumps(cell)
+                              for cell in row.values()] for row in table)
+    return folder
+
+
+def object_of_arrays(folder, splits):
+    folder.mkdir()
+    (folder / "all.json").write_text(json.dumps(splits, indent=2), encoding="utf-8")
+    return folder / "all.json"
+
+
+def zipped_parquet(folder, splits):
+    for name, table in splits.items():
+        folder.mkdir(exist_ok=True)
+        datasets.Dataset.from_list(table).to_parquet(folder / "x.parquet")
+        packed = gzip.compress((folder / "x.parquet").read_bytes())
+        (folder / f"{name}.parquet.gz").write_bytes(packed)
+    (folder / "x.parquet").unlink()
+    return folder
+
+
 def nested_folder(folder, splits):
     """As hh-rlhf has it: a folder for each kind of data, with the same file names in each."""
     for name, table in splits.items():
@@ -122,7 +150,9 @@ def disk_table(folder, splits):
 
 FORMS = {
     "jsonl folder": jsonl_folder, "json folder": json_folder, "gzipped jsonl": gzip_folder,
-    "BOM and CRLF": windows_folder, "csv": csv_folder, "nested folders": nested_folder,
+    "BOM and CRLF": windows_folder, "csv": csv_folder, "semicolons": semicolons,
+    "an object of arrays": object_of_arrays, "gzipped parquet": zipped_parquet,
+    "nested folders": nested_folder,
     "parquet, plain names": parquet("{name}.parquet"),
     "parquet, one part": parquet("{name}-00000-of-00001.parquet"),
     "parquet, in data/ and two parts": parquet("data/{name}-{part:05}-of-00002.parquet", parts=2),
@@ -228,8 +258,8 @@ def marked(*said):
     return "".join(f"\n\n{name}: {one}" for name, one in zip(names, said, strict=False))
 
 
-def template(turns):
-    return "".join(f"<{role}>{said}" for role, said in turns) + "<assistant>"
+TEMPLATE = rows.Template(
+    lambda turns: "".join(f"<{role}>{said}" for role, said in turns) + "<assistant>", joint="\n")
 
 
 def test_the_last_assistant_turn_is_the_response_and_all_before_it_the_prompt(tmp_path):
@@ -246,8 +276,8 @@ def test_the_last_assistant_turn_is_the_response_and_all_before_it_the_prompt(tm
         pair = one_row(tmp_path, row)
         assert (pair.prompt, pair.plain, pair.templated) == (joined, joined, False)
         assert (pair.chosen, pair.rejected) == ("Bread.", "No")
-        pair = one_row(tmp_path, row, template=template)
-        assert (pair.prompt, pair.plain, pair.templated) == (read, joined, True)
+        pair = one_row(tmp_path, row, template=TEMPLATE)
+        assert (pair.prompt, pair.plain, pair.templated, pair.joint) == (read, joined, True, "\n")
         assert (pair.chosen, pair.rejected) == ("Bread.", "No")
 
 
@@ -257,7 +287,7 @@ def test_a_string_in_hh_form_is_a_conversation_and_no_template_is_put_over_it(tm
     prompt = marked("Plan a picnic", "Where?\n\nHere?", "Park, two", "x")[2:-2]
     assert prompt.endswith("\n\nHuman: Park, two\n\nAssistant:")
     for row in (whole, whole | {"prompt": "Plan a picnic"}, whole | {"prompt": prompt}):
-        for how in ({}, {"template": template}):
+        for how in ({}, {"template": TEMPLATE}):
             pair = one_row(tmp_path, row, **how)
             assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "Bread.", "No")
             assert not pair.templated
@@ -266,6 +296,35 @@ def test_a_string_in_hh_form_is_a_conversation_and_no_template_is_put_over_it(tm
     assert (pair.prompt, pair.chosen) == (prompt, "Bread.")
     with refused("only one of chosen and rejected is a whole conversation"):
         one_row(tmp_path, whole | {"rejected": "No"})
+    # A response can be a dialogue: then the prompt does not stand in it.
+    for rejected in ("No", "Human: hi\n\nAssistant: go"):
+        dialogue = {"prompt": "Write one.", "chosen": "Human: hi\n\nAssistant: hello"}
+        pair = one_row(tmp_path, dialogue | {"rejected": rejected})
+        assert (pair.prompt, pair.chosen, pair.rejected) == (*dialogue.values(), rejected)
+
+
+@pytest.mark.parametrize("how", ["Human: {}\r\n\r\nAssistant: {}", "Human: {}\nAssistant: {}",
+                                 "Human: {}\n \nAssistant: {}",
+                                 "Be kind.\n\nHuman: {}\n\nAssistant: {}",
+                                 "System: Be kind.\n\nHuman: {}\n\nAssistant: {}"])
+def test_other_line_breaks_and_beginnings_of_the_hh_form_are_read(tmp_path, how):
+    table = {"chosen": how.format("A cat?", "Yes."), "rejected": how.format("A cat?", "No.")}
+    for row in (table, table | {"prompt": "A cat?"}):
+        pair = one_row(tmp_path, row)
+        assert (pair.chosen, pair.rejected) == ("Yes.", "No.")
+        assert pair.prompt == how.format("A cat?", "").replace("\r", "").strip() == pair.plain
+
+
+def test_a_system_turn_in_the_prompt_column_stands_before_the_conversation(tmp_path):
+    whole = {"chosen": talk("Hi", "Yes"), "rejected": talk("Hi", "No")}
+    for column in (talk(("system", "Be kind.")), talk(("system", "Be kind."), "Hi")):
+        assert one_row(tmp_path, whole | {"prompt": column}).prompt == "Be kind.\nHi"
+
+
+def test_columns_that_are_not_read_are_said(tmp_path):
+    path = worlds.write_jsonl(tmp_path / "set.jsonl", [TEXT[0] | {"score": 1, "system": "x"}])
+    assert rows.load_pairs(str(path)).unread == ["score", "system"]
+    assert rows.load_pairs(str(path), split_column="score").unread == ["system"]
 
 
 @pytest.mark.parametrize("form", [talk, marked])
@@ -277,8 +336,9 @@ def test_conversations_that_part_earlier_are_compared_where_they_part(tmp_path, 
     assert (pair.plain.strip().startswith(("Hi", "Human: Hi")), pair.chosen, pair.rejected) == (
         True, "Hello!", "What?") and "cat" not in pair.prompt
     apart = {"chosen": form("Hi", "Hello!"), "rejected": form("Ho", "Hello!")}
-    file = worlds.write_jsonl(tmp_path / "set.jsonl", [row, apart])
-    assert rows.load_pairs(str(file)).dropped == {rows.APART: 1}
+    beginning = {"chosen": form("Hi", "Hello!", "A cat?", "Yes."), "rejected": form("Hi", "Hello!")}
+    file = worlds.write_jsonl(tmp_path / "set.jsonl", [row, apart, beginning])
+    assert rows.load_pairs(str(file)).dropped == {rows.APART: 2}
 
 
 def test_what_follows_the_last_assistant_turn_is_left_out(tmp_path):
@@ -288,8 +348,9 @@ def test_what_follows_the_last_assistant_turn_is_left_out(tmp_path):
 
 
 def test_other_names_of_roles_and_texts_in_parts_are_read(tmp_path):
-    said = {"from": "human", "value": "Hi"}, {"role": "user", "content": [
-        {"type": "text", "text": "Hi"}]}
+    said = ({"from": "human", "value": "Hi"}, {"role": None, "content": None, "from": "human",
+            "value": "Hi"}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            {"role": "user", "content": ["Hi"]})
     answers = {"from": "gpt", "value": "Yes"}, {"from": "gpt", "value": "No"}
     for question in said:
         row = {name: [question, answer]
@@ -302,8 +363,8 @@ def test_which_form_prompts_have_is_said(tmp_path):
     one = {"chosen": talk("Hi", "Yes"), "rejected": talk("Hi", "No")}
     more = {"chosen": talk("Hi", "Yes", "So?", "A"), "rejected": talk("Hi", "Yes", "So?", "B")}
     for table, how, said in (
-            (TEXT, None, ""), (CHAT, None, ""), ([one], template, rows.TEMPLATE),
-            ([more], None, rows.JOINED), (TEXT, template, ""),
+            (TEXT, None, ""), (CHAT, None, ""), ([one], TEMPLATE, rows.TEMPLATE),
+            ([more], None, rows.JOINED), (TEXT, TEMPLATE, ""),
             ([{"chosen": marked("Hi", "A"), "rejected": marked("Hi", "B")}], None, rows.MARKED)):
         path = worlds.write_jsonl(tmp_path / "set.jsonl", table)
         assert rows.load_pairs(str(path), template=how).form == said
@@ -313,7 +374,7 @@ def test_a_template_that_refuses_a_conversation_is_said(tmp_path):
     def refuses(turns):
         raise ValueError("is refused by the tokenizer's chat template: no system turn")
     with refused("one.jsonl, line 1: is refused by the tokenizer's chat template: no system"):
-        one_row(tmp_path, CHAT[0], template=refuses)
+        one_row(tmp_path, CHAT[0], template=rows.Template(refuses))
 
 
 # ------------------------------------------------------------------------------------- broken ones
@@ -362,12 +423,19 @@ def test_how_many_more_rows_are_broken_is_said(tmp_path):
         "rejected": 3}]
     with refused("set.jsonl, line 2: chosen must .*and 2 more such rows"):
         read_rows(tmp_path, table)
-    with refused("set.csv, row 2 has more or fewer cells"):
+    with refused("set.csv, row 2 cannot be read: more or fewer cells"):
         (tmp_path / "set.csv").write_text("prompt,chosen,rejected\na,b,c\nd,e\n")
         read(tmp_path / "set.csv")
-    with refused("set.json begins as a JSON array and is none"):
+    with refused("set.json cannot be read .JSONDecodeError"):
         (tmp_path / "set.json").write_text('[{"prompt": "a"}')
         read(tmp_path / "set.json")
+    for text in ("[" * 100_000, '{"prompt": ' + "1" * 5000 + "}"):
+        with refused("deep.jsonl"):
+            (tmp_path / "deep.jsonl").write_text(text)
+            read(tmp_path / "deep.jsonl")
+    with refused("topics.jsonl, line 1 has no value in --split-column topic.*and 5 more"):
+        rows.load_pairs(str(worlds.write_jsonl(tmp_path / "topics.jsonl", TEXT)),
+                        split_column="topic")
     with refused("cut.jsonl.gz cannot be read .EOFError"):
         file = tmp_path / "cut.jsonl.gz"
         file.write_bytes(gzip.compress(b"{}" * 999)[:-9])
