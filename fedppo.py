@@ -145,7 +145,7 @@ class Agent:
     def __init__(self, index: int, world: World, task: Task, settings: Settings):
         """settings: of this mode, as `arm_settings` makes them."""
         self.index, self.world, self.settings = index, world, settings
-        self.policy = world.new_policy()
+        self.policy = world.new_policy(index)
         self.scorer, self.prompts = task.scorers[index], task.shards[index].prompts
         self.optimizer = torch.optim.Adam(
             self.policy.parameters(), lr=settings.lr, fused=True, **ppo_core.ADAM)
@@ -223,7 +223,8 @@ class Agent:
 
         def against(references: list[ppo_core.Policy], weights: torch.Tensor) -> ppo_core.Rollout:
             return ppo_core.collect(
-                self.policy, references, weights, world.initial, self.scorer, *prompts,
+                self.policy, references, weights, world.initial_of(self.index), self.scorer,
+                *prompts,
                 self.settings, eos_id=world.eos_ids, pad_id=world.pad_id, generator=stream,
                 generate=world.generate)
 
@@ -346,8 +347,8 @@ def listen(
         rows.append(row)
         missed.append("; ".join(told) or None)
         sent = [j for j in peers if present[j] and not agents[j].diverged]
-        copies = 1 if mode.server else len(sent)
-        agent.received += copies * size_of(agent.policy.model)
+        heard = [agent.policy] if mode.server else [frozen[j] for j in sent]
+        agent.received += sum(size_of(policy.model) for policy in heard)
     return torch.stack(rows), missed
 
 
@@ -403,7 +404,7 @@ def cooperate(
     rules combine log-probs, in kl.reference.
     """
     world, anchor = agent.world, agent.settings.anchor
-    candidates = [*frozen, world.initial]
+    candidates = [*frozen, world.initial_of(agent.index)]
     weights = torch.cat([(1 - anchor) * row, torch.tensor([anchor], dtype=row.dtype)])
     kept = [j for j, weight in enumerate(weights.tolist()) if weight > 0]
     references, weights = [candidates[j] for j in kept], weights[kept]
@@ -425,12 +426,27 @@ def merge(policies: list[ppo_core.Policy], weights: torch.Tensor, world: World) 
     return merged
 
 
-def judge(agent: Agent, task: Task) -> dict:
-    """The judge's mean score of the agent's responses to the held-out prompts, and the first
-    samples.
+def judge(agent: Agent, task: Task, answered: tuple | None = None) -> dict:
+    """The judge's mean score of the agent's answers to the held-out prompts, and the first answers.
+
+    judge_own is the mean over the prompts of the agent's own splits. A score is None where there is
+    no judge or no such prompt. answered: what `answers` gave for the same policy, if it is known.
+    """
+    scores, samples = answered or answers(agent, task)
+    own = task.own_prompts[agent.index]
+    mine = [scores[n] for n, prompt in enumerate(task.eval_prompts) if prompt in own and scores]
+    return {"judge": mean(scores), "judge_own": mean(mine), "samples": samples}
+
+
+def mean(scores: list[float]) -> float | None:
+    return sum(scores) / len(scores) if scores else None
+
+
+def answers(agent: Agent, task: Task) -> tuple[list[float], list[dict]]:
+    """The agent's answers to the held-out prompts -> (the judge's scores of them, the first four).
 
     Sampled at the training temperature with one named stream, the same for every agent, arm and
-    evaluation. The score is None where there is no judge.
+    evaluation.
     """
     world = agent.world
     stream = generator(task.seed, "evaluation")
@@ -443,7 +459,7 @@ def judge(agent: Agent, task: Task) -> dict:
         "ended": ppo_core.has_ended(response, response_mask, world.eos_ids).tolist(),
         "judge": scores[:len(ids)] or [None] * len(ids)}
     samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return {"judge": sum(scores) / len(scores) if scores else None, "samples": samples}
+    return scores, samples
 
 
 # ------------------------------------------------------------------------------------------- train
@@ -473,15 +489,17 @@ def train(
                          f"{len(task.shards)}: make_task(..., pooled={mode_row.pooled})")
     matrix = matrix_of(s)  # [N, N]
     agents = [new_agent(i, world, task, s) for i in range(s.agents)]
-    frozen = [world.new_policy().requires_grad_(False) for _ in agents]
+    frozen = [world.new_policy(i).requires_grad_(False) for i in range(s.agents)]
     first = state["round"] if state else 0
     line = {"mode": mode, "seed": task.seed}
     if state:
         for agent in agents:
             agent.load_state_dict(state["agents"][agent.index])
     else:
-        judged = judge(agents[0], task)  # all agents start from one policy
+        # The agents of one model start from one policy.
+        initial = [answers(agent, task) for agent in agents[:len(world.models)]]
         for agent, accuracy in zip(agents, task.accuracies, strict=True):
+            judged = judge(agent, task, initial[agent.index % len(initial)])
             log(line | {"agent": agent.index, "round": 0, "update": 0} | judged
                 | {"reward_accuracy": accuracy[0] if accuracy else None})
 
@@ -527,6 +545,7 @@ def load_world(s: Settings, reason: str) -> tuple[World, dict[int, list[dict]]]:
     world = World(s)
     for note in world.notes:
         print(note)
+    check_shapes(world)
     dropped = "; ".join(f"{n} since {why}" for why, n in world.dropped.items()) or "none"
     print(f"{len(world.pairs)} preference pairs of {world.total} rows; dropped: {dropped}")
     pooling = [f"--mode {mode}" for mode in s.mode if MODES[mode].pooled]
@@ -545,6 +564,17 @@ def load_world(s: Settings, reason: str) -> tuple[World, dict[int, list[dict]]]:
     if s.agents > 8:
         print("(and so on: config.json has every agent's)")
     return world, deals
+
+
+def check_shapes(world: World) -> None:
+    """Weights of models of different shapes have no average. Raises UserError."""
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()}
+              for model in world.models]
+    for mode in world.settings.mode if shapes.count(shapes[0]) < len(shapes) else ():
+        if MODES[mode].moves or arm_settings(world.settings, mode).rule == "weights":
+            raise UserError(f"--mode {mode} averages weights, and the models "
+                            f"{show(world.settings.model)} have different shapes: --mode federated "
+                            "with another --rule compares their distributions alone")
 
 
 def describe_deal(shards: list[data.Shard]) -> list[dict]:

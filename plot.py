@@ -43,6 +43,7 @@ import numpy as np
 
 PANELS = {
     "judge": "judge's score on held-out prompts",
+    "judge_own": "the same, on each agent's own splits",
     "reward": "own reward (z-score)",
     "kl_initial": "KL(policy‖initial), nats per response",
 }
@@ -194,6 +195,7 @@ def _summarise_agent(rows: list[dict]) -> dict:
     return {
         "judge_initial": y[0] if x[:1] == [0] else None,
         "judge_final": y[-1] if len(x) > 1 else None,
+        "judge_own_final": judged[-1].get("judge_own") if len(x) > 1 else None,
         "judge_auc": np.trapezoid(y, x) / (x[-1] - x[0]) if len(x) > 1 else None,  # area / updates
         "reward_final": _mean(reward for reward in last_round if reward is not None),
     }
@@ -240,8 +242,9 @@ def summarise(rows: list[dict]) -> dict:
     """Rows -> {"modes": {mode: {"seeds": {seed: entry}, "mean": entry}}, "differences": {...}}.
 
     An entry: judge_initial and judge_final, the first and last score on held-out prompts;
-    judge_auc, the mean height of the judge's curve (trapezoids); reward_final, the own reward over
-    the last round's updates: all four means over agents; worst_agent_final, the lowest judge_final
+    judge_auc, the mean height of the judge's curve (trapezoids); judge_own_final, the last score on
+    the held-out prompts of the agent's own splits; reward_final, the own reward over the last
+    round's updates: all means over agents; worst_agent_final, the lowest judge_final
     (reward_final if there is no judge); seconds and bytes received, sums over agents;
     incomplete_exchanges, how often an agent was absent or could not use what a peer sent; updates,
     how far the seed came. None: cannot be had. All is fit for JSON.
@@ -268,17 +271,18 @@ def table(summary: dict) -> str:
     def number(value: float | None, decimals: int = 2) -> str:
         return "-" if value is None else f"{value:.{decimals}f}"
 
-    line = "{:<11}  {:>5}  {:>21}  {:>5}  {:>11}  {:>10}  {:>12}  {:>8}"
-    lines = [line.format("mode", "seeds", "judge before -> after", "area", "worst agent",
-                         "own reward", "MB exchanged", "seconds")]
+    line = "{:<11}  {:>5}  {:>15}  {:>10}  {:>5}  {:>11}  {:>10}  {:>9}  {:>8}"
+    lines = [line.format("mode", "seeds", "before -> after", "own splits", "area", "worst agent",
+                         "own reward", "MB heard", "seconds")]
     for mode, entry in summary["modes"].items():
         mean = entry["mean"]
         judge = f"{number(mean['judge_initial'])} -> {number(mean['judge_final'])}"
-        scores = [number(mean[key]) for key in ("judge_auc", "worst_agent_final", "reward_final")]
+        scores = [number(mean[key]) for key in ("judge_own_final", "judge_auc",
+                                                "worst_agent_final", "reward_final")]
         costs = number(mean["bytes"] / 1e6, 1), number(mean["seconds"], 1)
         lines.append(line.format(mode, len(entry["seeds"]), judge, *scores, *costs))
-    lines.append("(means over seeds; area: mean of the judge's curve; MB, seconds: all agents "
-                 "together)")
+    lines.append("(means over seeds; judge's score before -> after, and after on each agent's own "
+                 "splits;\n area: mean of the judge's curve; MB, seconds: all agents together)")
     for mode, entry in summary["modes"].items():
         if missed := sum(seed["incomplete_exchanges"] for seed in entry["seeds"].values()):
             lines.append(f"{mode}: {missed} times an agent was absent, frozen or missed a peer "

@@ -41,21 +41,42 @@ class World:
         fast.prepare_process(s.threads)
         self.device = torch.device(s.device)
         self.notes: list[str] = []  # what a user should know of model and data, a line each
-        self.model, self.tokenizer, self.forbidden = load.load_model(
-            load.home(s.model), self.device, self.notes.append)
-        self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        self.eos_ids = tuple(self.model.generation_config.eos_token_id)  # each ends a response
-        dtype = getattr(torch, s.dtype)
-        # The initial policy, mu_0 in the formulas, is the loaded model itself and never moves;
-        # every other policy is a copy of it.
-        self.initial = fast.policy(self.model, self.forbidden, dtype).requires_grad_(False)
-        load.refuse_dtype(self.initial, s.model)
+        self._load_models()
         self._load_rows()
         prompts = list(self.prompt_ids)
         self.generate: Callable = fast.tuned_generate(
             self.initial, *self.padded(prompts[:s.batch]), s, self.eos_ids, self.pad_id)
         self.judge = None if s.judge in ("none", "heldout") else self._given(s.judge)
         self.given_reward = None if s.reward in FITTED else self._given(s.reward)
+
+    def _load_models(self) -> None:
+        """The models that agents start from in turns, and their one tokenizer."""
+        s = self.settings
+        loaded = [load.load_model(load.home(name), self.device, self.notes.append)
+                  for name in s.model]
+        self.models = [model for model, *_ in loaded]
+        self.model, self.tokenizer, self.forbidden = loaded[0]
+        self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        self.eos_ids = tuple(self.model.generation_config.eos_token_id)  # each ends a response
+        for name, (model, tokenizer, forbidden) in zip(s.model, loaded, strict=True):
+            same = (tokenizer.get_vocab() == self.tokenizer.get_vocab()
+                    and torch.equal(forbidden, self.forbidden)
+                    and model.generation_config.eos_token_id == list(self.eos_ids))
+            if not same:
+                raise data.UserError(f"--model {s.model[0]} and {name} have not one vocabulary: a "
+                                     "KL between them has no meaning")
+        dtype = getattr(torch, s.dtype)
+        # The initial policy, mu_0 in the formulas, is the loaded model itself and never moves;
+        # every other policy is a copy of it.
+        self.initials = [fast.policy(model, self.forbidden, dtype).requires_grad_(False)
+                         for model in self.models]
+        self.initial = self.initials[0]
+        for name, initial in zip(s.model, self.initials, strict=True):
+            load.refuse_dtype(initial, name)
+
+    def initial_of(self, index: int) -> ppo_core.Policy:
+        """mu_0 of agent `index`."""
+        return self.initials[index % len(self.initials)]
 
     def _load_rows(self) -> None:
         """The preference rows, each prompt's ids, and how responses end."""
@@ -72,8 +93,9 @@ class World:
         for templated in (False, True):  # a template's prompts hold BOS already
             prompts = dict.fromkeys(
                 pair.prompt for pair in loaded.pairs if pair.templated is templated)
-            self.prompt_ids |= load.prompt_ids(
-                self.tokenizer, list(prompts), self.model, s.response_length, templated)
+            for model in self.models:
+                self.prompt_ids |= load.prompt_ids(
+                    self.tokenizer, list(prompts), model, s.response_length, templated)
         # What the model reads alike is one prompt, and rows that it reads alike are one row.
         first, pairs = {}, {}
         for pair in loaded.pairs:
@@ -132,9 +154,9 @@ class World:
         scorer(*self.respond(list(self.prompt_ids)[:2], self.initial, generator(0, "try"))[0])
         return scorer
 
-    def new_policy(self) -> ppo_core.Policy:
-        """A policy of its own with the initial weights (ppo_core.Policy or its faster form)."""
-        model = copy.deepcopy(self.model).requires_grad_(True)
+    def new_policy(self, index: int = 0) -> ppo_core.Policy:
+        """A policy of agent `index` with its initial weights (ppo_core.Policy or a faster form)."""
+        model = copy.deepcopy(self.initial_of(index).model).requires_grad_(True)
         return fast.policy(model, self.forbidden, self.initial.dtype)
 
     def padded(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,11 +182,15 @@ class World:
                 for pair, both in zip(pairs, responses, strict=True)]
 
     def fit_reward(
-        self, train: list[data.Pair], heldout: list[data.Pair], stream: torch.Generator
+        self, train: list[data.Pair], heldout: list[data.Pair], stream: torch.Generator,
+        index: int = 0,
     ) -> tuple[data.Scorer, tuple[float, int]]:
-        """A reward model fitted to `train` -> (its scorer, (accuracy, number) on `heldout`)."""
+        """A reward model fitted to `train` -> (its scorer, (accuracy, number) on `heldout`).
+
+        It starts from the trunk of agent `index`.
+        """
         s = self.settings
-        model = fast.reward_model(self.model, s.reward_pooling, stream)
+        model = fast.reward_model(self.initial_of(index).model, s.reward_pooling, stream)
         data.fit_reward_model(model, self.pair_ids(train), self.pad_id, lr=s.reward_lr,
                               epochs=s.reward_epochs, generator=stream)
         accuracy = data.preference_accuracy(model, self.pair_ids(heldout), self.pad_id)
@@ -185,6 +211,7 @@ class Task:
     accuracies: list[tuple[float, int] | None]  # per agent: (accuracy, held-out pairs), or given
     spreads: list[float]  # per agent: std of its raw reward on the initial policy's responses
     eval_prompts: list[str]
+    own_prompts: list[set[str]]  # per agent: evaluation prompts of its own splits
     judge: data.Scorer | None
     judge_accuracy: tuple[float, int] | None
     fingerprint: torch.Tensor  # [n] scores of some samples: a resumed run must fit the same models
@@ -204,7 +231,13 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
     s = world.settings
     eval_prompts, shards, judge_pairs = deal_rows(world, seed)
     everything = data.pool(shards)
-    shards = [everything] if pooled else shards
+    split_of = {pair.prompt: pair.split for pair in reversed(world.pairs)}
+    own = [{prompt for prompt in eval_prompts if split_of[prompt] in shard.splits}
+           if s.shards == "split" else set() for shard in shards]
+    if pooled:
+        shards, own = [everything], [set()]
+    elif s.prompts == "common":  # public texts: pairs and reward models stay private
+        shards = [dataclasses.replace(shard, prompts=everything.prompts) for shard in shards]
 
     # 1. The judge, which takes no part in training.
     judge, judge_accuracy = world.judge, None
@@ -220,7 +253,7 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
     if world.given_reward is None:
         sources = [everything] if s.reward == "shared" else shards
         fitted = [
-            world.fit_reward(source.train, source.heldout, generator(seed, i, "reward model"))
+            world.fit_reward(source.train, source.heldout, generator(seed, i, "reward model"), i)
             for i, source in enumerate(sources)]
         fitted *= len(shards) // len(fitted)  # a shared model serves every agent
 
@@ -230,7 +263,7 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
         stream = generator(seed, i, "normalisation")
         order = torch.randperm(len(shard.prompts), generator=stream)[:256].tolist()
         prompts = [shard.prompts[k] for k in order]
-        samples.append(world.respond(prompts, world.initial, stream))
+        samples.append(world.respond(prompts, world.initial_of(i), stream))
     normal = [data.normalised(scorer, own)
               for (scorer, _), own in zip(fitted, samples, strict=True)]
     scorers, spreads = [scorer for scorer, *_ in normal], [std for *_, std in normal]
@@ -241,5 +274,5 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
     scored = [scorer(*own[0]) for scorer, own in zip(scorers, samples, strict=True)]
     scored += [judge(*samples[0][0])] if judge else []
     accuracies = [accuracy for _, accuracy in fitted]
-    return Task(seed, shards, scorers, accuracies, spreads, eval_prompts, judge, judge_accuracy,
-                torch.cat(scored).cpu())
+    return Task(seed, shards, scorers, accuracies, spreads, eval_prompts, own, judge,
+                judge_accuracy, torch.cat(scored).cpu())

@@ -335,7 +335,7 @@ def prepare(job: Job) -> tuple[World, Task, str]:
         labels, world.pairs = job.regime, [flip(pair) for pair in world.pairs]
     mode = s.mode[0]
     task_key = (job.seed, labels, mode == "centralized", s.reward, s.pairs, s.agents, s.shards,
-                s.eval_prompts)
+                s.eval_prompts, s.prompts)
     if task_key not in TASKS:
         while len(TASKS) > 4:
             TASKS.pop(next(iter(TASKS)))

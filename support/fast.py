@@ -255,7 +255,7 @@ class GraphSampler:
         max_new_tokens: int, **options,
     ) -> tuple[Tensor, Tensor]:
         try:
-            if not self.broken:
+            if not self.broken and is_neox(policy.model.base_model):
                 return self.by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, **options)
         except CaptureError as error:
             self.broken = True

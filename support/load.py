@@ -92,9 +92,9 @@ def _answers(timeout: float) -> bool:
     return bool(answers)
 
 
-def prepare_libraries(model: str, dataset: str) -> None:
+def prepare_libraries(models: tuple[str, ...], dataset: str) -> None:
     """Before a run loads anything: silence transformers, and ask once whether the hub answers."""
-    if not (Path(home(model)).is_dir() and Path(home(dataset)).exists()):
+    if not (all(Path(home(model)).is_dir() for model in models) and Path(home(dataset)).exists()):
         online()  # with a dead network the libraries must look in their caches alone, not retry
     import transformers
     transformers.utils.logging.set_verbosity_error()

@@ -50,8 +50,10 @@ def report(world, task) -> None:
 
 
 def preflight(world, task) -> list[Check]:
-    """The forward checks on agent 0's data, and the rewards of all agents and the judge."""
-    checks = forward_checks(world, task) + vocabulary_checks(world)
+    """The forward checks of each model, and the rewards of all agents and the judge."""
+    checks = vocabulary_checks(world)
+    for i in reversed(range(min(len(world.models), len(task.shards)))):
+        checks = forward_checks(world, task, i) + checks
     checks += [Check(f"spread of agent {i}'s reward on samples of the initial policy", std, 1e-6,
                      "it is the same for all of them: nothing can be learned from it", floor=True,
                      fatal=False) for i, std in enumerate(task.spreads) if std <= 1e-6]
@@ -68,12 +70,15 @@ def preflight(world, task) -> list[Check]:
 
 
 @torch.no_grad()
-def forward_checks(world, task) -> list[Check]:
-    """Whether sampler, training forward, padding and masks agree, on one small rollout."""
-    s, policy = world.settings, world.new_policy()
+def forward_checks(world, task, index: int = 0) -> list[Check]:
+    """Whether sampler, training forward, padding and masks agree, on one small rollout of agent
+    `index`.
+    """
+    s, policy, initial = world.settings, world.new_policy(index), world.initial_of(index)
+    of = f"{s.model[index]}: " if len(s.model) > 1 else ""
     rollout = ppo_core.collect(
-        policy, [world.initial], torch.ones(1), world.initial, task.scorers[0],
-        *world.padded((task.shards[0].prompts * 8)[:8]), s, eos_id=world.eos_ids,
+        policy, [initial], torch.ones(1), initial, task.scorers[index],
+        *world.padded((task.shards[index].prompts * 8)[:8]), s, eos_id=world.eos_ids,
         pad_id=world.pad_id, generator=generator(task.seed, "preflight"), generate=world.generate)
     valid = rollout.mask.bool()
 
@@ -99,21 +104,21 @@ def forward_checks(world, task) -> list[Check]:
     rounding = max(1e-4 if s.dtype == "float32" else 0.2, 8 * torch.finfo().eps * size)
     context = load.positions_of(policy.model) - rollout.ids.shape[1]
     pads = min(3, context)
-    padding = [Check("more left padding, largest change of log-probs, nats",
+    padding = [Check(of + "more left padding, largest change of log-probs, nats",
                      worst(logprobs(everything, pads) - rollout.logprobs), rounding,
                      "the model does not honour attention_mask or position_ids")] if pads else []
     return [
-        Check("new / old probability before any step, |ratio - 1|", worst(ratio - 1, half),
+        Check(of + "new / old probability before any step, |ratio - 1|", worst(ratio - 1, half),
               rounding / 10, "old and new log-probs come from different forwards, temperatures or "
               "precisions, or dropout is on"),
-        Check("KL while policy = reference, nats per token", worst(rollout.kl), 1e-5,
+        Check(of + "KL while policy = reference, nats per token", worst(rollout.kl), 1e-5,
               "policy and reference differ in temperature, mask or precision"),
         *padding,
-        Check("sampler's cache and training forward, largest difference of log-probs, nats",
+        Check(of + "sampler's cache and training forward, largest difference of log-probs, nats",
               worst(cached_logprobs(policy, rollout, s.temperature) - rollout.logprobs), rounding,
               "the key/value cache is wrong"),
         *dtype_checks(policy, rollout, s),
-        Check("largest probability of EOS",
+        Check(of + "largest probability of EOS",
               worst(all_logprobs[..., list(world.eos_ids)].exp().sum(-1)), 1e-4,
               "the model has not learned to end: a longer --response-length, or "
               "--missing-eos-penalty 0", floor=True, fatal=False),

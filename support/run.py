@@ -16,6 +16,7 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
     judge            mean of the judge's score over the held-out prompts (the same for all agents
                      and modes), sampled at the training temperature with one random stream; before
                      the first update and after every round
+    judge_own        the same over the held-out prompts of the agent's own splits (--shards split)
     episodes         responses that the agent has learned from so far
     reward           the agent's own reward, mean over the rollout; normalised to mean 0 and
                      standard deviation 1 on samples of the initial policy, minus the missing-EOS
@@ -39,10 +40,10 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
                      `has no finite log-probs` (`here`: on this agent's prompts), `has another
                      shape`, `the average has no finite log-probs`
 
-summary.json has per mode and seed: judge_initial and judge_final (means over agents), judge_auc
-(mean height of the judge's curve over updates), reward_final (own reward over the last round),
-worst_agent_final, incomplete_exchanges, and seconds and bytes summed over agents; the means over
-seeds; and paired differences from `isolated` where a run has it.
+summary.json has per mode and seed: judge_initial, judge_final and judge_own_final (means over
+agents), judge_auc (mean height of the judge's curve over updates), reward_final (own reward over
+the last round), worst_agent_final, incomplete_exchanges, and seconds and bytes summed over agents;
+the means over seeds; and paired differences from `isolated` where a run has it.
 """
 
 import contextlib
@@ -70,8 +71,8 @@ from data import UserError
 from support import load
 from support.settings import Settings, show, to_resume
 
-KEYS = ("mode", "seed", "agent", "round", "update", "judge", "episodes", "reward", "kl",
-        "kl_initial", "entropy", "policy_loss", "value_loss", "clipfrac", "length", "ended",
+KEYS = ("mode", "seed", "agent", "round", "update", "judge", "judge_own", "episodes", "reward",
+        "kl", "kl_initial", "entropy", "policy_loss", "value_loss", "clipfrac", "length", "ended",
         "bytes", "seconds", "value_clipfrac", "approx_kl", "grad_norm", "lr", "beta",
         "reward_accuracy", "missed")
 COUNTED = ("episodes", "bytes", "seconds")  # 0, not null, where there is nothing yet
@@ -302,7 +303,8 @@ class Run:
         for index, model in models.items():
             folder = self.folder / "agents" / f"{mode}-seed{seed}-agent{index}"
             save_agent(folder, model, tokenizer, forbidden, s)
-            card = model_card(f"Agent {index}, {mode}, seed {seed}", s)
+            base = s.model[index % len(s.model)]
+            card = model_card(f"Agent {index}, {mode}, seed {seed}", s, base)
             write_text(folder / "README.md", card)
         self.checkpoint(seed, mode, None)
 
@@ -455,10 +457,10 @@ def save_agent(folder: Path, model, tokenizer, forbidden: torch.Tensor, s: Setti
     tokenizer.save_pretrained(folder)
 
 
-def model_card(title: str, s: Settings) -> str:
-    """README.md of an agent's folder; s: the settings of its mode."""
+def model_card(title: str, s: Settings, base: str) -> str:
+    """README.md of an agent's folder; s: the settings of its mode; base: its model."""
     return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}\n\n"
-            f"A policy trained by Federated PPO from `{show(s.model)}` on `{show(s.dataset)}`: "
+            f"A policy trained by Federated PPO from `{base}` on `{show(s.dataset)}`: "
             f"{s.rounds} rounds of {s.updates} updates, rule `{s.rule}`, beta {s.beta:g}. All "
             "settings stand in the run's config.json.\n\n```python\nfrom transformers import "
             'pipeline\n\ngenerate = pipeline("text-generation", "PATH OF THIS FOLDER")\n```\n\n'

@@ -73,8 +73,10 @@ class Settings:
         "bfloat16 log-probs have errors, of about 0.001 on the model of tiny; --check says how "
         "large they are on yours", group="run", choices=("float32", "bfloat16"))
 
-    model: str = setting("tiny/model", "a causal LM: hub name or local folder",
-                         pythia="EleutherAI/pythia-70m-deduped", group="model and data")
+    model: tuple[str, ...] = setting(
+        ("tiny/model",), "a causal LM, hub name or local folder; or several of one tokenizer, "
+        "which the agents start from in turns", pythia=("EleutherAI/pythia-70m-deduped",),
+        group="model and data")
     dataset: str = setting(
         "tiny/data", "preference pairs: a .jsonl, .json, .csv or .parquet file, a folder of them "
         "or of save_to_disk data, or a hub name",
@@ -114,6 +116,10 @@ class Settings:
 
     rounds: int = setting(10, "communication rounds", group="federation")
     updates: int = setting(4, "local PPO updates per round", group="federation")
+    prompts: str = setting(
+        "own", "whose prompts an agent responds to: its own, or common: those of all agents, which "
+        "are then public, as texts without labels; preferences and reward models stay private",
+        group="federation", choices=("own", "common"))
     rule: str = setting("geometric", "how references are combined (see kl.py)", group="federation",
                         choices=kl.RULES)
     topology: str = setting(
@@ -194,11 +200,9 @@ def parse(argv: list[str], modes: dict) -> Command:
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in given.items()}
     resume, check_only = given.pop("resume", ""), given.pop("check", False)
-    for name in ("model", "dataset", "judge", "reward"):
-        # The user's own tiny/... is not the embedded one.
-        own = Path.cwd() != load.HOME and given.get(name, "").startswith("tiny/")
-        if own and Path(given[name].split(":")[0]).exists():
-            given[name] = os.path.join(".", given[name])
+    for name in {"model", "dataset", "judge", "reward"} & given.keys():
+        value = given[name]
+        given[name] = tuple(map(users_own, value)) if name == "model" else users_own(value)
     if resume:
         settings, reason = resumed(resume, given, modes)
     else:
@@ -215,6 +219,12 @@ def parse(argv: list[str], modes: dict) -> Command:
         settings = decided(settings)
     check(settings, modes)
     return Command(settings, reason, resume, check_only)
+
+
+def users_own(path: str) -> str:
+    """A path tiny/... that the user has where the program is called is not the embedded one."""
+    own = Path.cwd() != load.HOME and path.startswith("tiny/") and Path(path.split(":")[0]).exists()
+    return os.path.join(".", path) if own else path
 
 
 class Parser(argparse.ArgumentParser):
@@ -258,7 +268,7 @@ def choose_preset(given: dict) -> tuple[str, str]:
     if given.get("preset", "auto") != "auto":
         return given["preset"], "asked for"
     named = [name for name in ("model", "dataset") if name in given][:1]  # the model decides
-    if named and load.embedded(given[named[0]]):
+    if named and load.embedded(given[named[0]][0] if named == ["model"] else given[named[0]]):
         return "tiny", f"--{named[0]} is the embedded one"
     if named:
         return "pythia-70m", f"--{named[0]} is given, so the settings for real text apply"
@@ -267,7 +277,7 @@ def choose_preset(given: dict) -> tuple[str, str]:
     if load.online():
         return "pythia-70m", "there is a GPU and the hub answers"
     from huggingface_hub import try_to_load_from_cache
-    model = PRESETS["pythia-70m"]["model"]
+    model, = PRESETS["pythia-70m"]["model"]
     files = ("model.safetensors", "pytorch_model.bin")
     if any(isinstance(try_to_load_from_cache(model, file), str) for file in files):
         return "pythia-70m", "there is a GPU and the model is cached"
@@ -314,6 +324,8 @@ def check_combinations(s: Settings, modes: dict) -> None:
     if s.batch % s.minibatches:
         raise UserError(f"--batch {s.batch} cannot be cut into --minibatches {s.minibatches} of "
                         "equal size")
+    if len(s.model) > s.agents:
+        raise UserError(f"--model names {len(s.model)} models for {s.agents} agents")
     if s.agents > 1000:
         raise UserError(f"--agents {s.agents}: this is a simulation on one machine, for at most "
                         "1000")
@@ -345,8 +357,8 @@ def check_places(s: Settings) -> None:
         torch.zeros(1, device=s.device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {s.device} is not to be had on this machine") from None
-    for name in ("model", "dataset"):
-        path = load.home(getattr(s, name))
+    for name, path in [*(("model", model) for model in s.model), ("dataset", s.dataset)]:
+        path = load.home(path)
         # No name of the hub's looks like this.
         local = Path(path).suffix in (*rows.KINDS, ".gz") or path.startswith(("/", ".", "~"))
         if local and not Path(path).exists():

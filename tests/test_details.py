@@ -764,7 +764,7 @@ def test_detail_26_equal_pairs_are_counted_reported_and_dropped(
         assert all(pair.chosen != pair.rejected for pair in loaded.pairs)
     fitted = []
 
-    def stop(world, train, heldout, source):
+    def stop(world, train, heldout, *others):
         fitted.extend([*train, *heldout])
         raise UserError("stop here")
     monkeypatch.setattr(fedppo.World, "fit_reward", stop)
@@ -891,7 +891,7 @@ def test_detail_31_the_reward_model_scores_texts_of_the_form_it_was_fitted_to(ti
 def test_detail_31_how_responses_end_is_decided_by_what_is_seen(
         small_model, small_settings, tmp_path, length, ends, share):
     path = worlds.write_jsonl(tmp_path / "pairs.jsonl", worlds.text_rows(30))
-    settings = small_settings(model=str(small_model), dataset=str(path), response_eos=None,
+    settings = small_settings(model=(str(small_model),), dataset=str(path), response_eos=None,
                               judge="none", response_length=length)
     world = fedppo.World(settings)
     assert world.settings.response_eos is ends
@@ -907,7 +907,7 @@ def test_detail_32_no_prompt_is_in_two_parts_and_equal_pairs_are_dropped(
         {"prompt": f"The trip {i} was", "chosen": "calm and " * 9 + "dull", "rejected":
          "calm and " * 9 + "grey"} for i in range(3)]
     path = worlds.write_jsonl(tmp_path / "pairs.jsonl", table)
-    settings = small_settings(model=str(small_model), dataset=str(path), judge="heldout",
+    settings = small_settings(model=(str(small_model),), dataset=str(path), judge="heldout",
                               response_length=6, pairs=6, shards="iid")
     world = fedppo.World(settings)
     assert len(world.pairs) == 40 and world.total == 203
@@ -928,7 +928,7 @@ def test_detail_32_what_the_model_reads_alike_is_one_prompt_and_one_response(
     table += [{"prompt": f"The tea {i} was", "chosen": f"calm{end}x", "rejected": f"calm{end}y"}
               for i in range(4)]
     path = worlds.write_jsonl(tmp_path / "pairs.jsonl", table)
-    world = fedppo.World(small_settings(model=str(small_model), dataset=str(path), judge="none"))
+    world = fedppo.World(small_settings(model=(str(small_model),), dataset=str(path), judge="none"))
     assert len(world.pairs) == 30 == len({tuple(ids) for ids in world.prompt_ids.values()}) - 4
     assert world.dropped["the model reads another row as the same"] == 30
     assert sum(world.dropped.values()) == 34

@@ -541,3 +541,85 @@ def test_the_learning_is_real(world):
     before, after = ([row["judge"] for row in rows if row["round"] == rnd and "judge" in row]
                      for rnd in (0, 4))
     assert sum(after) / 2 - sum(before) / 2 > 0.3
+
+
+# --------------------------------------------------------------------- whose prompts, which models
+
+
+def test_common_prompts_are_those_of_all_and_pairs_stay_private(world):
+    """The same deal, and reward models fitted to the same pairs; only who answers what differs."""
+    own = make_task(world, 3)
+    common = make_task(fresh(world, prompts="common"), 3)
+    everything = {prompt for shard in own.shards for prompt in shard.prompts}
+    for mine, theirs in zip(own.shards, common.shards, strict=True):
+        assert set(theirs.prompts) == everything > set(mine.prompts)
+        assert (mine.train, mine.heldout) == (theirs.train, theirs.heldout)
+    assert own.accuracies == common.accuracies and own.eval_prompts == common.eval_prompts
+    assert not everything & set(own.eval_prompts)
+    spoken = [Agent(i, fresh(world, prompts="common"), common, world.settings) for i in (0, 1)]
+    assert spoken[0].prompts == spoken[1].prompts
+
+
+def test_judge_own_is_the_judge_on_the_prompts_of_an_agents_own_splits(world):
+    """Splits are topics here, and each prompt is one's."""
+    several = fresh(world, shards="split", eval_prompts=16)
+    task = make_task(several, 1)
+    agents, rows = train(several, task, "isolated", shards="split", rounds=1)
+    split_of = {pair.prompt: pair.split for pair in world.pairs}
+    for agent, row in zip(agents, rows[-len(agents):], strict=True):
+        splits = task.shards[agent.index].splits
+        assert splits and set(splits) < set(split_of.values())
+        sampled, = several.respond(task.eval_prompts, agent.policy,
+                                   data.generator(task.seed, "evaluation"))
+        scores = task.judge(*sampled).tolist()
+        mine = [score for prompt, score in zip(task.eval_prompts, scores, strict=True)
+                if split_of[prompt] in splits]
+        assert 0 < len(mine) < 16
+        assert row["judge_own"] == pytest.approx(sum(mine) / len(mine), abs=1e-5)
+        assert row["judge"] == pytest.approx(sum(scores) / 16, abs=1e-5)
+    start = {row["agent"]: row["judge_own"] for row in rows if not row["update"]}
+    assert len(set(start.values())) == len(agents), "one policy, judged on different prompts"
+    _, iid = train(world, make_task(fresh(world, shards="iid"), 1), "isolated", shards="iid")
+    assert {row.get("judge_own") for row in iid} == {None}
+
+
+@pytest.fixture(scope="module")
+def mixed(small_settings):
+    """Agents 0 and 2 of the tiny model, agents 1 and 3 of one 96 wide and 3 layers deep."""
+    return fedppo.World(small_settings(
+        agents=4, rounds=2, updates=1, batch=4, pairs=8, eval_prompts=4, reward_epochs=1,
+        response_length=5, model=("tiny/model", "tiny/model-96x3"), lr=1e-3, beta=0.3))
+
+
+def test_agents_of_different_models_hear_each_other(mixed):
+    task = make_task(mixed, 0)
+    agents, rows = train(mixed, task, "federated", Watched)
+    widths = [agent.policy.head.weight.shape[1] for agent in agents]
+    assert widths == [64, 96, 64, 96]
+    sizes = [fedppo.size_of(agent.policy.model) for agent in agents]
+    assert rows[-4]["bytes"] == 2 * (2 * sizes[1] + sizes[0])  # agent 0, two exchanges
+    first = [row for row in rows if row["round"] == 1]
+    assert all(row["kl"] > 0.01 for row in first), "another model is another distribution"
+    assert all(abs(row["kl_initial"]) < 1e-4 for row in first), "the first rollout is its own"
+    start = {row["agent"]: row["judge"] for row in rows if not row["update"]}
+    assert start[0] == start[2] != start[1] == start[3]
+
+
+def test_an_agent_alone_does_not_know_of_other_models(mixed, small_settings):
+    """Reward model, initial policy and anchor are of its own model."""
+    plain = fedppo.World(dataclasses.replace(mixed.settings, model=("tiny/model",)))
+    for mode in ("isolated", "classic"):
+        both, alone = (train(world, make_task(world, 0), mode)[0] for world in (mixed, plain))
+        for i in (0, 2):
+            assert equal(weights_of(both[i]), weights_of(alone[i]))
+
+
+def test_weights_of_different_shapes_are_not_averaged_nor_vocabularies_mixed(mixed, small_model):
+    for changes in ({"mode": ("merged",)}, {"mode": ("isolated", "fedavg")},
+                    {"mode": ("federated",), "rule": "weights"}):
+        with pytest.raises(data.UserError, match="averages weights, .* have different shapes"):
+            fedppo.check_shapes(fresh(mixed, **changes))
+    fedppo.check_shapes(fresh(mixed, mode=("isolated", "federated")))
+    with pytest.raises(data.UserError, match="have not one vocabulary"):
+        fedppo.World(dataclasses.replace(
+            mixed.settings, model=("tiny/model", str(small_model))))

@@ -214,7 +214,7 @@ def test_a_prompt_must_have_tokens_and_leave_room_for_a_response(small_model):
 def test_the_hub_is_asked_once_and_only_for_what_is_not_here(monkeypatch, model, dataset, asked):
     calls = []
     monkeypatch.setattr(load, "online", lambda: calls.append(1))
-    load.prepare_libraries(model, dataset)
+    load.prepare_libraries(("tiny/model", model), dataset)
     assert len(calls) == asked
 
 

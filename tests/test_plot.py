@@ -182,6 +182,7 @@ def test_summary_by_hand():
         "updates": 4,
         "judge_initial": 0.25,  # (0 + 0.5) / 2
         "judge_final": 1.5,  # (2 + 1) / 2
+        "judge_own_final": None,  # these agents share out all splits
         # agent 0: (2 * 0.5 + 2 * 1.5) / 4 = 1; agent 1: (2 * 0.5 + 2 * 0.75) / 4 = 0.625
         "judge_auc": 0.8125,
         "reward_final": 3.5,  # updates 3 and 4: (1 + 3) / 2 = 2 and (4 + 6) / 2 = 5
@@ -250,7 +251,7 @@ def test_differences_of_every_mode_from_isolated_are_paired_by_seed():
 def test_table_shows_every_mode_in_at_most_100_columns():
     rows = [row | {"bytes": 10**11, "seconds": 9999.0} for row in synthetic(8, modes=MODES)]
     header, *lines = plot.table(plot.summarise(rows)).splitlines()
-    modes, differences = lines[:6], lines[7:]
+    modes, differences = lines[:6], lines[8:]
     assert max(map(len, lines)) <= 100
     assert [line.split()[:2] for line in modes] == [[mode, "8"] for mode in MODES]
     assert {len(line) for line in modes} == {len(header)}  # aligned

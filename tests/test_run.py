@@ -34,7 +34,7 @@ def test_five_modes_on_two_seeds_make_one_table(main):
     its own beta and learning rate."""
     folder, printed = main("--mode", *FIVE, "--seeds", "0", "1", "--rounds", "1",
                            "--judge", "heldout")
-    table = printed[printed.index("judge before -> after"):]
+    table = printed[printed.index("before -> after"):]
     assert re.findall(r"^(\w+) +2 ", table, re.M) == list(FIVE)
     assert list(json.loads((folder / "summary.json").read_text())["modes"]) == list(FIVE)
     agents = {path.name: path for path in (folder / "agents").iterdir()}

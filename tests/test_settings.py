@@ -35,12 +35,12 @@ def given(name, value):
 # -------------------------------------------------------------------------------- no dead settings
 
 
-def test_there_are_at_most_42_settings_and_each_is_read_outside_of_settings_py():
+def test_there_are_at_most_43_settings_and_each_is_read_outside_of_settings_py():
     """As an attribute of something that is called s or settings."""
     read = {node.attr for path in SHIPPED if path.name != "settings.py"
             for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
             and ast.unparse(node.value).split(".")[-1] in ("s", "settings")}
-    assert len(FIELDS) <= 42 and not set(FIELDS) - read
+    assert len(FIELDS) <= 43 and not set(FIELDS) - read
 
 
 def test_each_setting_stands_in_the_help_with_both_presets_values(capsys):
@@ -61,7 +61,8 @@ def test_each_setting_stands_in_the_help_with_both_presets_values(capsys):
 
 OTHER = {  # a value that is neither preset's, where twice the preset's would not do
     "mode": ("isolated", "centralized"), "seeds": (3, 4), "preset": "tiny", "out": "elsewhere",
-    "name": "mine", "device": "cpu", "dtype": "bfloat16", "model": "tiny/data", "outlier": 3.0,
+    "name": "mine", "device": "cpu", "dtype": "bfloat16", "outlier": 3.0,
+    "model": ("tiny/data", "tiny/model"), "prompts": "common",
     "dataset": "tiny/data/book.jsonl", "splits": ("a", "b"), "shards": "iid", "judge": "none",
     "reward": "shared", "reward_pooling": "last", "rule": "weights", "topology": "ring",
     "lr_schedule": "linear", "penalty": "k2-in-loss", "anchor": 0.5, "participation": 0.5,
@@ -155,7 +156,7 @@ def test_what_is_named_is_never_replaced_and_decides_the_preset(machine, tmp_pat
     machine(gpu=False)
     for named in ("--model", "--dataset"):
         found = parse(named, "mine/own")
-        assert getattr(found, named[2:]) == "mine/own"
+        assert getattr(found, named[2:]) in ("mine/own", ("mine/own",))
         assert (found.preset, found.lr, found.judge) == ("pythia-70m", 1e-5, "heldout")
         assert parse(named, "mine/own", "--preset", "tiny").preset == "tiny"
     for model, dataset, preset in (
@@ -177,7 +178,7 @@ def test_the_users_own_tiny_folder_is_not_the_embedded_one(tmp_path, monkeypatch
     (tmp_path / "tiny" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     found = parse("--preset", "tiny", "--model", "tiny/model")
-    assert Path(load.home(found.model)).resolve() == tmp_path / "tiny" / "model"
+    assert Path(load.home(found.model[0])).resolve() == tmp_path / "tiny" / "model"
     assert load.home(found.dataset) == str(HOME / "tiny/data")
 
 

@@ -242,6 +242,20 @@ def test_tokenizer_holds_every_word_and_round_trips(tokenizer):
     assert tokenizer("xylophone")["input_ids"] == [tokenizer.unk_token_id]
 
 
+def test_a_larger_model_speaks_the_same_words(tokenizer, model):
+    """For agents of different sizes: one vocabulary, and as good a language model."""
+    folder = TINY / "model-96x3"
+    assert (folder / "model.safetensors").stat().st_size < 2_000_000
+    larger = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+    assert larger.num_parameters() > 3 * model.num_parameters()
+    rng = random.Random(5)
+    reviews = [make.write_review(rng) for _ in range(200)]
+    with torch.no_grad():
+        losses = [make.language_loss(one, tokenizer, reviews).item() for one in (model, larger)]
+    assert losses[1] < losses[0] + 0.05 < 3
+
+
 def test_model_is_small_float32_and_has_rows_without_a_token(tokenizer, model):
     weights = TINY / "model" / "model.safetensors"
     assert weights.stat().st_size < 4_000_000

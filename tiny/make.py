@@ -1,12 +1,14 @@
-"""Makes all in tiny/ but the judge: a small trained GPT-NeoX, and preference data sampled from it.
+"""Makes all in tiny/ but the judge: two small trained GPT-NeoX, and preference data sampled from
+the smaller one.
 
-    python tiny/make.py [--out DIR]    about 90 seconds on one core; writes DIR/model and DIR/data
+    python tiny/make.py [--out DIR]    about 3 minutes on one core; writes DIR/model, DIR/data and
+                                       DIR/model-96x3
 
 In reading order:
   1. grammar     writes short reviews with the judge's lexicon
   2. tokenizer   one id per word, and Pythia's two special tokens at Pythia's ids
   3. model       a GPT-NeoX of Pythia's make, 64 wide and 2 layers deep, pretrained on the grammar's
-                 reviews
+                 reviews; another, 96 wide and 3 layers deep, for agents of different sizes
   4. pairs       two samples of that model for one prompt, and which of them a noisy judge prefers
   5. summary     what the initial policy scores: a check of the world before anybody trains in it
 
@@ -151,14 +153,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 # ----------------------------------------------------------------------------------------- 3. model
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> GPTNeoXForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, width: int = 64,
+                layers: int = 2) -> GPTNeoXForCausalLM:
     """Pythia's architecture. Like Pythia's, its embedding has rows that belong to no token."""
     config = GPTNeoXConfig(
         vocab_size=16 * (len(tokenizer) // 16 + 1),  # the next multiple of 16, strictly larger
-        hidden_size=64,
-        num_hidden_layers=2,
+        hidden_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        intermediate_size=256,
+        intermediate_size=4 * width,
         rotary_pct=0.25,
         use_parallel_residual=True,
         attention_dropout=0.0,
@@ -182,9 +185,9 @@ def language_loss(model, tokenizer, texts: list[str]) -> torch.Tensor:
     return model(**batch, labels=labels).loss
 
 
-def pretrain(model, tokenizer, rng: random.Random) -> None:
+def pretrain(model, tokenizer, rng: random.Random, lr: float = LR) -> None:
     """Adam on reviews never seen twice; the rate ramps up, then falls to 0 along a cosine."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
@@ -306,8 +309,20 @@ def main(argv: list[str] | None = None) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows[topic])
         (out / "data" / f"{topic}.jsonl").write_text(lines, encoding="utf-8")
 
+    # The larger model comes last and has a seed of its own: all else stays as it was.
+    torch.manual_seed(SEED + 1)
+    large = build_model(tokenizer, width=96, layers=3)
+    rng = random.Random(f"{SEED} large")
+    pretrain(large, tokenizer, rng, lr=LR / 2)
+    with torch.no_grad():
+        large_loss = language_loss(large, tokenizer, [write_review(rng) for _ in range(1000)])
+    tokenizer.save_pretrained(out / "model-96x3")
+    large.save_pretrained(out / "model-96x3")
+
     numbers = {
         "parameters": model.num_parameters(),
+        "parameters of the larger model": large.num_parameters(),
+        "its held-out loss, nats per token": large_loss.item(),
         "tokens in the vocabulary": len(tokenizer),
         "held-out loss, nats per token": loss,
         **summary([row for topic in TOPICS for row in rows[topic]]),
