@@ -131,7 +131,7 @@ ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "as
 # How Anthropic's hh-rlhf marks turns in a string; some copies of it have single line breaks.
 MARKS = (r"(?:\A|\n[ \t]*\n)[ \t]*(Human|Assistant):", r"(?:\A|\n)[ \t]*(Human|Assistant):")
 TEMPLATE = "conversations become prompts by the tokenizer's chat template"
-JOINED = "the turns of conversations are joined by line breaks: the tokenizer has no chat template"
+JOINED = "chat messages are joined as plain text: the tokenizer has no chat template"
 MARKED = 'a prompt is all up to the last "Assistant:", as it stands'
 
 
@@ -253,7 +253,7 @@ def _text(prompt: str | Talk, template: Template | None) -> tuple[str, str, str]
         return prompt.heads[-1], prompt.heads[-1], MARKED
     plain = "\n".join(said for _, said in prompt.turns).strip()
     if template is None or not plain:
-        return plain, plain, JOINED if len(prompt.turns) > 1 else ""
+        return plain, plain, JOINED
     return template.render(prompt.turns), plain, TEMPLATE
 
 

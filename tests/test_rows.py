@@ -363,7 +363,7 @@ def test_which_form_prompts_have_is_said(tmp_path):
     one = {"chosen": talk("Hi", "Yes"), "rejected": talk("Hi", "No")}
     more = {"chosen": talk("Hi", "Yes", "So?", "A"), "rejected": talk("Hi", "Yes", "So?", "B")}
     for table, how, said in (
-            (TEXT, None, ""), (CHAT, None, ""), ([one], TEMPLATE, rows.TEMPLATE),
+            (TEXT, None, ""), (CHAT, None, rows.JOINED), ([one], TEMPLATE, rows.TEMPLATE),
             ([more], None, rows.JOINED), (TEXT, TEMPLATE, ""),
             ([{"chosen": marked("Hi", "A"), "rejected": marked("Hi", "B")}], None, rows.MARKED)):
         path = worlds.write_jsonl(tmp_path / "set.jsonl", table)
