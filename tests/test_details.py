@@ -861,6 +861,8 @@ def test_detail_30_a_number_added_to_all_logits_costs_no_digits(tmp_path, offset
             assert found.dtype == values.dtype == torch.float32
             error = (found - wanted).abs()
             assert (error.max() if dtype == torch.float32 else error.mean()) < limit
+            if dtype == torch.float32 and not tied:  # nothing in common is left that could cost
+                assert error.max() < 1e-5
             with torch.no_grad():  # the sampler too
                 sampled = policy.decoder(mask[:, :10], 1)(ids[:, :10]).log_softmax(-1)
             error = (sampled.gather(-1, ids[:, 10:11])[:, 0] - wanted[:, 0]).abs()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import data
 import fedppo
 from fedppo import MODES, Agent, communication_matrix, cooperate, exchange, listen, make_task
-from support import load
+from support import fast, load
 
 
 @pytest.fixture(scope="module")
@@ -591,8 +591,12 @@ def mixed(small_settings):
         response_length=5, model=("tiny/model", "tiny/model-96x3"), lr=1e-3, beta=0.3))
 
 
-def test_agents_of_different_models_hear_each_other(mixed):
+def test_agents_of_different_models_hear_each_other(mixed, monkeypatch):
+    trunks, made = [], fast.reward_model
+    monkeypatch.setattr(fast, "reward_model", lambda model, *args: (
+        trunks.append(model.config.hidden_size) or made(model, *args)))
     task = make_task(mixed, 0)
+    assert trunks == [64, 96, 64, 96], "each agent's reward model starts from its own model"
     agents, rows = train(mixed, task, "federated", Watched)
     widths = [agent.policy.head.weight.shape[1] for agent in agents]
     assert widths == [64, 96, 64, 96]
