@@ -419,15 +419,18 @@ def together(world: World, task: Task, agents: list[fedppo.Agent]) -> dict:
             "judge_mixture": score(Mixture([agent.policy for agent in agents]))}
 
 
-class Mixture:
+class Mixture(torch.nn.Module):
     """The geometric mean of several policies in equal parts, for ppo_core.generate to sample."""
 
     def __init__(self, policies: list[ppo_core.Policy]):
+        super().__init__()
         self.policies = policies
 
-    def __call__(self, past_key_values=None, **inputs) -> SimpleNamespace:
+    def forward(self, input_ids, attention_mask, position_ids,
+                past_key_values=None) -> SimpleNamespace:
         caches = past_key_values or [None] * len(self.policies)
-        outputs = [policy(past_key_values=cache, **inputs)
+        outputs = [policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=True,
+                          position_ids=position_ids, past_key_values=cache)
                    for policy, cache in zip(self.policies, caches, strict=True)]
         weights = [1 / len(outputs)] * len(outputs)
         return SimpleNamespace(
