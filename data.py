@@ -239,7 +239,8 @@ def encode_responses(tokenizer, texts: list[tuple[str, str, str]], max_tokens: i
 
     ends = set(eos_id) | {tokenizer.eos_token_id}
     names = [name for name in tokenizer.convert_ids_to_tokens(sorted(ends))
-             if tokenizer.convert_tokens_to_ids(name) in special_ids(tokenizer)]
+             if tokenizer.convert_tokens_to_ids(name) in
+             special_ids(tokenizer) | set(tokenizer.added_tokens_decoder)]
     encoded = []
     for start in range(0, len(texts), 1000):
         some = []

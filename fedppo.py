@@ -342,7 +342,7 @@ def listen(
         left_out = [*bad, i] if mode.server and faults[i] else list(bad)
         row = renormalised(matrix[i], i, left_out)
         told = [f"agent {j} {bad[j]}" for j in sorted(bad)]
-        if mode.server and not has_logprobs(merge(frozen, row, agent.world), *own_text):
+        if mode.server and not has_logprobs(merge(frozen, row, agent), *own_text):
             row, told = renormalised(row, i, peers), [*told, "the average has no finite log-probs"]
         rows.append(row)
         missed.append("; ".join(told) or None)
@@ -409,7 +409,7 @@ def cooperate(
     kept = [j for j, weight in enumerate(weights.tolist()) if weight > 0]
     references, weights = [candidates[j] for j in kept], weights[kept]
     if agent.settings.rule == "weights":
-        references = [merge(references, weights, world)]
+        references = [merge(references, weights, agent)]
         weights = torch.ones(1, dtype=row.dtype)
     return references, weights
 
@@ -419,9 +419,9 @@ def average(policies: list[ppo_core.Policy], weights: torch.Tensor) -> dict[str,
     return kl.average_weights([policy.model.state_dict() for policy in policies], weights)
 
 
-def merge(policies: list[ppo_core.Policy], weights: torch.Tensor, world: World) -> ppo_core.Policy:
-    """The policy with the weighted average of K policies' parameters, weights [K], frozen."""
-    merged = world.new_policy().requires_grad_(False)
+def merge(policies: list[ppo_core.Policy], weights: torch.Tensor, agent: Agent) -> ppo_core.Policy:
+    """A frozen policy of the agent's with the average of K policies' parameters, weights [K]."""
+    merged = agent.world.new_policy(agent.index).requires_grad_(False)
     merged.model.load_state_dict(average(policies, weights))
     return merged
 
@@ -545,13 +545,15 @@ def load_world(s: Settings, reason: str) -> tuple[World, dict[int, list[dict]]]:
     world = World(s)
     for note in world.notes:
         print(note)
-    check_shapes(world)
+    check_models(world)
     dropped = "; ".join(f"{n} since {why}" for why, n in world.dropped.items()) or "none"
     print(f"{len(world.pairs)} preference pairs of {world.total} rows; dropped: {dropped}")
     pooling = [f"--mode {mode}" for mode in s.mode if MODES[mode].pooled]
     pooling += [f"--reward {s.reward}"] if s.reward in ("shared", "ensemble") else []
     if pooling:
         print(f"not private: {' and '.join(pooling)} pool what the agents own")
+    if s.prompts == "common":
+        print("--prompts common: all agents see all training prompts, without labels")
     exchanging = tuple(mode for mode in s.mode if MODES[mode].exchanges)
     if s.rounds == 1 and exchanging:
         print(f"warning: with --rounds 1 {show(exchanging)} can learn nothing from peers: the only "
@@ -566,15 +568,21 @@ def load_world(s: Settings, reason: str) -> tuple[World, dict[int, list[dict]]]:
     return world, deals
 
 
-def check_shapes(world: World) -> None:
-    """Weights of models of different shapes have no average. Raises UserError."""
-    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()}
-              for model in world.models]
-    for mode in world.settings.mode if shapes.count(shapes[0]) < len(shapes) else ():
-        if MODES[mode].moves or arm_settings(world.settings, mode).rule == "weights":
+def check_models(world: World) -> None:
+    """Weights of different architectures have no average. Raises UserError."""
+    def architecture(model: torch.nn.Module) -> list:
+        config = {name: value for name, value in model.config.to_dict().items() if not
+                  name.endswith(("_id", "dtype", "_version", "architectures", "_name_or_path"))}
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        return [config, shapes]
+
+    every = [architecture(model) for model in world.models]
+    for mode in world.settings.mode if any(one != every[0] for one in every) else ():
+        averages = MODES[mode].moves or arm_settings(world.settings, mode).rule == "weights"
+        if MODES[mode].exchanges and averages:
             raise UserError(f"--mode {mode} averages weights, and the models "
-                            f"{show(world.settings.model)} have different shapes: --mode federated "
-                            "with another --rule compares their distributions alone")
+                            f"{show(world.settings.model)} differ in more than these: --mode "
+                            "federated with another --rule compares their distributions alone")
 
 
 def describe_deal(shards: list[data.Shard]) -> list[dict]:

@@ -211,6 +211,8 @@ def _summarise_seed(rows: list[dict]) -> dict:
     done = list(itertools.chain(*agents))
     scores = [_summarise_agent(agent) for agent in agents]
     entry = {"updates": last} | {key: _mean(score[key] for score in scores) for key in scores[0]}
+    own = [score["judge_own_final"] for score in scores]  # an agent may have no prompt of its own
+    entry["judge_own_final"] = _mean(score for score in own if score is not None)
     final = "reward_final" if all(row.get("judge") is None for row in rows) else "judge_final"
     worst = None if entry[final] is None else float(min(score[final] for score in scores))
     missed = {(row["agent"], row["round"]) for row in done if row.get("missed")}

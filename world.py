@@ -59,12 +59,20 @@ class World:
         self.eos_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.eos_ids = tuple(self.model.generation_config.eos_token_id)  # each ends a response
         for name, (model, tokenizer, forbidden) in zip(s.model, loaded, strict=True):
-            same = (tokenizer.get_vocab() == self.tokenizer.get_vocab()
-                    and torch.equal(forbidden, self.forbidden)
-                    and model.generation_config.eos_token_id == list(self.eos_ids))
-            if not same:
-                raise data.UserError(f"--model {s.model[0]} and {name} have not one vocabulary: a "
-                                     "KL between them has no meaning")
+            probe, ends = "Some text, with 2 Words.", model.generation_config.eos_token_id
+            differ = {
+                "vocabularies": tokenizer.get_vocab() != self.tokenizer.get_vocab(),
+                "numbers of rows in the output embedding": len(forbidden) != len(self.forbidden),
+                "tokens that pad or end": (tokenizer.pad_token_id, *ends)
+                != (self.pad_id, *self.eos_ids),
+                "ways of reading a text": tokenizer(probe)["input_ids"]
+                != self.tokenizer(probe)["input_ids"],
+                "chat templates": getattr(tokenizer, "chat_template", None)
+                != getattr(self.tokenizer, "chat_template", None)}
+            if any(differ.values()):
+                what = " and ".join(part for part, differs in differ.items() if differs)
+                raise data.UserError(f"--model {s.model[0]} and {name} have different {what}: the "
+                                     "agents must have one tokenizer")
         dtype = getattr(torch, s.dtype)
         # The initial policy, mu_0 in the formulas, is the loaded model itself and never moves;
         # every other policy is a copy of it.
@@ -96,7 +104,7 @@ class World:
             for model in self.models:
                 self.prompt_ids |= load.prompt_ids(
                     self.tokenizer, list(prompts), model, s.response_length, templated)
-        # What the model reads alike is one prompt, and rows that it reads alike are one row.
+        # Prompts that the model reads alike are one, and so are their rows with equal responses.
         first, pairs = {}, {}
         for pair in loaded.pairs:
             prompt = first.setdefault(tuple(self.prompt_ids[pair.prompt]), pair).prompt
@@ -257,7 +265,7 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
             for i, source in enumerate(sources)]
         fitted *= len(shards) // len(fitted)  # a shared model serves every agent
 
-    # 3. Scores become comparable: mean 0, std 1 on the initial policy's responses to own prompts.
+    # 3. Scores become comparable: mean 0, std 1 on the initial policy's responses to its prompts.
     samples = []
     for i, shard in enumerate(shards):
         stream = generator(seed, i, "normalisation")

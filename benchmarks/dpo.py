@@ -4,8 +4,8 @@
 
 In reading order
     1. loss       2305.18290, eq. 7
-    2. train      N agents on their own pairs; `feddpo` averages their weights after each round, as
-                  the federated RLHF of 2407.03038 does
+    2. train      N agents on their own pairs; in `feddpo` their weights are averaged before each
+                  round, as fedppo.py's `fedavg` does (1602.05629)
     3. search     beta and learning rate, by the rule of joint.py
     4. main       results/dpo.csv, and dpo.json with the chosen settings
 
@@ -18,6 +18,7 @@ Dimension key: B pairs, Q prompt tokens (left-padded), T response tokens (right-
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -32,6 +33,7 @@ from torch import Tensor  # noqa: E402
 
 import data  # noqa: E402
 import fedppo  # noqa: E402
+import joint  # noqa: E402
 import kl  # noqa: E402
 import ppo_core  # noqa: E402
 import report  # noqa: E402
@@ -86,34 +88,37 @@ def train(world, task, arm: str, beta: float, lr: float, log) -> None:
             reference=reference, stream=data.generator(task.seed, i, "dpo"), queue=[]))
     size = fedppo.size_of(world.model)
     for rnd in range(ROUNDS + 1):
-        for agent in agents:
-            started = time.perf_counter()
-            for _ in range(STEPS if rnd else 0):
-                if len(agent.queue) < BATCH:
-                    agent.queue += torch.randperm(
-                        len(agent.pairs), generator=agent.stream).tolist()
-                rows, agent.queue = agent.queue[:BATCH], agent.queue[BATCH:]
-                new = response_logprobs(world, agent.policy, [agent.pairs[row] for row in rows])
-                loss = dpo_loss(*new.T, *agent.reference[rows].T, beta)
-                agent.optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(agent.policy.parameters(), ppo_core.MAX_GRAD_NORM)
-                agent.optimizer.step()
-            agent.seconds = time.perf_counter() - started if rnd else 0.0
         if arm == "feddpo" and rnd:
             states = [agent.policy.model.state_dict() for agent in agents]
             average = kl.average_weights(states, [1 / len(states)] * len(states))
             for agent in agents:
                 agent.policy.model.load_state_dict(average)
         for agent in agents:
+            started = time.perf_counter()
+            losses = [step(agent, beta) for _ in range(STEPS if rnd else 0)]
             log({"mode": arm, "seed": task.seed, "agent": agent.index, "round": rnd,
-                 "update": rnd * STEPS, "seconds": agent.seconds,
+                 "update": rnd * STEPS, "seconds": time.perf_counter() - started if rnd else 0.0,
+                 "loss": sum(losses) / len(losses) if losses else None,
                  "bytes": rnd * size * (arm == "feddpo")} | fedppo.judge(agent, task))
+
+
+def step(agent: SimpleNamespace, beta: float) -> float:
+    """One step of an agent on its next BATCH pairs -> the loss before it."""
+    if len(agent.queue) < BATCH:
+        agent.queue += torch.randperm(len(agent.pairs), generator=agent.stream).tolist()
+    rows, agent.queue = agent.queue[:BATCH], agent.queue[BATCH:]
+    new = response_logprobs(agent.world, agent.policy, [agent.pairs[row] for row in rows])
+    loss = dpo_loss(*new.T, *agent.reference[rows].T, beta)
+    agent.optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(agent.policy.parameters(), ppo_core.MAX_GRAD_NORM)
+    agent.optimizer.step()
+    return loss.item()
 
 
 # ----------------------------------------------------------------------------------------- search
 
-COLUMNS = ("arm", "regime", "seed", "settings", "judge_final", "judge_best", "own_topics",
+COLUMNS = ("arm", "regime", "seed", "settings", "judge_final", "judge_best", "judge_own",
            "worst_agent", "bytes", "seconds", "judge_curve")
 
 
@@ -132,9 +137,10 @@ def run(job: Job) -> dict:
     curve = [sum(line["judge"] for line in log if line["round"] == rnd) / len(last)
              for rnd in range(ROUNDS + 1)]
     return row | {
-        "arm": job.arm, "regime": job.regime, "seed": job.seed, "judge_final": f"{curve[-1]:.6g}",
+        "arm": job.arm, "regime": job.regime, "seed": job.seed,
+        "judge_final": f"{curve[-1]:.6g}" if math.isfinite(curve[-1]) else "",
         "judge_best": f"{max(curve):.6g}", "judge_curve": report.join(curve),
-        "own_topics": f"{sum(line['judge_own'] for line in last) / len(last):.6g}",
+        "judge_own": f"{sum(line['judge_own'] for line in last) / len(last):.6g}",
         "worst_agent": f"{min(line['judge'] for line in last):.6g}",
         "bytes": sum(line["bytes"] for line in last),
         "seconds": f"{sum(line['seconds'] for line in log):.6g}"}
@@ -142,25 +148,25 @@ def run(job: Job) -> dict:
 
 def scores(rows: list[dict], arm: str, seed: int) -> dict[tuple[float, float], float]:
     return {(float(report.flag(row, "--beta")), float(report.flag(row, "--lr"))):
-            float(row["judge_final"]) for row in rows
+            float(row["judge_final"] or "-inf") for row in rows
             if row["arm"] == arm and int(row["seed"]) == seed}
 
 
 def wanted(rows: list[dict], arm: str) -> list[Job]:
     """What the arm's search runs next, as joint.wanted; nothing when it is over."""
     first = scores(rows, arm, TUNING[0])
-    ranked = sorted(first, key=first.get, reverse=True)
-    cells = [cell for cell in START if cell not in first]
-    for beta, lr in ranked if not cells and len(first) < CELLS else ():
-        b, k = BETAS.index(beta), LRS.index(lr)
-        near = [(BETAS[n], lr) for n in (b - 1, b + 1) if 0 <= n < len(BETAS)]
-        near += [(beta, LRS[n]) for n in (k - 1, k + 1) if 0 <= n < len(LRS)]
-        if cells := [cell for cell in near if cell not in first]:
-            break
+    cells, known = joint.climb(START, neighbours, first, CELLS)
     if cells:
-        return [job(arm, TUNING[0], cell) for cell in cells[:CELLS - len(first)]]
-    return [job(arm, seed, cell) for cell in ranked[:FINALISTS] for seed in TUNING[1:]
+        return [job(arm, TUNING[0], cell) for cell in cells]
+    best = sorted(known, key=first.get, reverse=True)[:FINALISTS]
+    return [job(arm, seed, cell) for cell in best for seed in TUNING[1:]
             if cell not in scores(rows, arm, seed)]
+
+
+def neighbours(cell: tuple[float, float]) -> list[tuple[float, float]]:
+    b, k = BETAS.index(cell[0]), LRS.index(cell[1])
+    return ([(BETAS[n], cell[1]) for n in (b - 1, b + 1) if 0 <= n < len(BETAS)] +
+            [(cell[0], LRS[n]) for n in (k - 1, k + 1) if 0 <= n < len(LRS)])
 
 
 # ------------------------------------------------------------------------------------------- main

@@ -15,9 +15,11 @@ values yet: they are for the next study, on seeds that no choice was made on.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,21 +93,31 @@ def scores(rows: list[dict], arm: str, regime: str, seed: int) -> dict[Cell, flo
     return found
 
 
-def ranked(found: dict[Cell, float]) -> list[Cell]:
-    return sorted(found, key=found.get, reverse=True)
+def climb(start: list, neighbours: Callable, first: dict, limit: int) -> tuple[list, list]:
+    """The search on the first seed, from its start -> (cells to run next, cells behind it).
+
+    It is gone through again each time, so that it takes the same way however often it was stopped:
+    a step is not taken before all of its cells were run.
+    """
+    known, step = [], start
+    while step and all(cell in first for cell in step):
+        known += step
+        for best in sorted(known, key=first.get, reverse=True):
+            step = [cell for cell in neighbours(best) if cell not in known]
+            if step:
+                break
+        step = step[:limit - len(known)]
+    return [cell for cell in step if cell not in first], known
 
 
 def wanted(rows: list[dict], arm: str, regime: str) -> list[Job]:
     """What the arm's search runs next; nothing when it is over."""
     first = scores(rows, arm, regime, TUNING[0])
-    cells = [cell for cell in start(arm) if cell not in first]
-    for best in ranked(first) if not cells and len(first) < CELLS else ():
-        cells = [cell for cell in neighbours(arm, best) if cell not in first]
-        if cells:
-            break
+    cells, known = climb(start(arm), functools.partial(neighbours, arm), first, CELLS)
     if cells:
-        return [job(arm, regime, TUNING[0], cell) for cell in cells[:CELLS - len(first)]]
-    return [job(arm, regime, seed, cell) for cell in ranked(first)[:FINALISTS]
+        return [job(arm, regime, TUNING[0], cell) for cell in cells]
+    best = sorted(known, key=first.get, reverse=True)[:FINALISTS]
+    return [job(arm, regime, seed, cell) for cell in best
             for seed in TUNING[1:] if cell not in scores(rows, arm, regime, seed)]
 
 

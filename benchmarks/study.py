@@ -426,11 +426,12 @@ class Mixture(torch.nn.Module):
         super().__init__()
         self.policies = policies
 
-    def forward(self, input_ids, attention_mask, position_ids,
-                past_key_values=None) -> SimpleNamespace:
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values=None,
+                use_cache=True, logits_to_keep=0) -> SimpleNamespace:
         caches = past_key_values or [None] * len(self.policies)
-        outputs = [policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=True,
-                          position_ids=position_ids, past_key_values=cache)
+        outputs = [policy(input_ids=input_ids, attention_mask=attention_mask,
+                          position_ids=position_ids, past_key_values=cache, use_cache=use_cache,
+                          logits_to_keep=logits_to_keep)
                    for policy, cache in zip(self.policies, caches, strict=True)]
         weights = [1 / len(outputs)] * len(outputs)
         return SimpleNamespace(
@@ -442,12 +443,12 @@ def by_topic(world: World, task: Task, agents: list[fedppo.Agent],
              regime: str) -> dict:
     """Of the responses that the judge scored last, means over agents.
 
-    own_topics: the judge's score on the topics that the agent was trained on;  own_truth: with
+    own_topics: the judge's score on the topics of the agent's own pairs;  own_truth: with
     communities, the score by its own community's truth, on all topics.
     """
     own_topics, own = [], []
     for agent in agents:
-        topics = {judge.topic_of(prompt) for prompt in agent.prompts}
+        topics = task.shards[agent.index].splits  # a split of the tiny world is a topic
         for batch in responses(world, task, agent.policy):
             prompts = data.decode(world.tokenizer, *batch[:2])
             known = torch.tensor([judge.topic_of(prompt) in topics for prompt in prompts])

@@ -199,7 +199,7 @@ def choose_pad(tokenizer, ends: tuple[int, ...], say: Callable[[str], None]) -> 
     unknown one; else EOS.
     """
     if tokenizer.pad_token_id not in (None, *ends):
-        if re.search(r"^\W?[<\[].+[>\]]$|pad|unk|reserved|unused", tokenizer.pad_token, re.I):
+        if re.search(r"^\W?[<\[].+[>\]]$|^\W*(pad|unk)\W*$", tokenizer.pad_token, re.I):
             return
         say(f"the tokenizer's pad token {tokenizer.pad_token!r} is part of ordinary texts: another "
             "token pads here")

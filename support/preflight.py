@@ -52,7 +52,7 @@ def report(world, task) -> None:
 def preflight(world, task) -> list[Check]:
     """The forward checks of each model, and the rewards of all agents and the judge."""
     checks = vocabulary_checks(world)
-    for i in reversed(range(min(len(world.models), len(task.shards)))):
+    for i in reversed(range(len(world.models))):
         checks = forward_checks(world, task, i) + checks
     checks += [Check(f"spread of agent {i}'s reward on samples of the initial policy", std, 1e-6,
                      "it is the same for all of them: nothing can be learned from it", floor=True,
@@ -71,14 +71,15 @@ def preflight(world, task) -> list[Check]:
 
 @torch.no_grad()
 def forward_checks(world, task, index: int = 0) -> list[Check]:
-    """Whether sampler, training forward, padding and masks agree, on one small rollout of agent
-    `index`.
+    """Whether sampler, training forward, padding and masks agree, on one small rollout by the
+    model of agent `index`.
     """
     s, policy, initial = world.settings, world.new_policy(index), world.initial_of(index)
+    agent = index % len(task.shards)  # centralized has one
     of = f"{s.model[index]}: " if len(s.model) > 1 else ""
     rollout = ppo_core.collect(
-        policy, [initial], torch.ones(1), initial, task.scorers[index],
-        *world.padded((task.shards[index].prompts * 8)[:8]), s, eos_id=world.eos_ids,
+        policy, [initial], torch.ones(1), initial, task.scorers[agent],
+        *world.padded((task.shards[agent].prompts * 8)[:8]), s, eos_id=world.eos_ids,
         pad_id=world.pad_id, generator=generator(task.seed, "preflight"), generate=world.generate)
     valid = rollout.mask.bool()
 
@@ -117,15 +118,15 @@ def forward_checks(world, task, index: int = 0) -> list[Check]:
         Check(of + "sampler's cache and training forward, largest difference of log-probs, nats",
               worst(cached_logprobs(policy, rollout, s.temperature) - rollout.logprobs), rounding,
               "the key/value cache is wrong"),
-        *dtype_checks(policy, rollout, s),
+        *dtype_checks(policy, rollout, s, of),
         Check(of + "largest probability of EOS",
               worst(all_logprobs[..., list(world.eos_ids)].exp().sum(-1)), 1e-4,
               "the model has not learned to end: a longer --response-length, or "
               "--missing-eos-penalty 0", floor=True, fatal=False),
-        *unknown_checks(world, worst, all_logprobs)]
+        *unknown_checks(world, worst, all_logprobs, of)]
 
 
-def dtype_checks(policy: ppo_core.Policy, rollout: ppo_core.Rollout, s) -> list[Check]:
+def dtype_checks(policy: ppo_core.Policy, rollout: ppo_core.Rollout, s, of: str) -> list[Check]:
     """What --dtype costs, on the policy's own log-probs."""
     if s.dtype == "float32":
         return []
@@ -133,16 +134,16 @@ def dtype_checks(policy: ppo_core.Policy, rollout: ppo_core.Rollout, s) -> list[
     rows = rollout.ids, rollout.attention, rollout.response, rollout.mask
     error = (ppo_core.score_tokens(exact, *rows, s.temperature)[0] - rollout.logprobs).abs()
     mean = ppo_core.masked_mean(error, rollout.mask).item()
-    return [Check(f"log-probs in {s.dtype} against float32, mean error in nats (largest "
+    return [Check(f"{of}log-probs in {s.dtype} against float32, mean error in nats (largest "
                   f"{error.max().item():.3g})", mean, 0.1, "use --dtype float32")]
 
 
-def unknown_checks(world, worst, all_logprobs: torch.Tensor) -> list[Check]:
+def unknown_checks(world, worst, all_logprobs: torch.Tensor, of: str) -> list[Check]:
     """Whether the policy writes tokens that stand for no text."""
     unknown = world.tokenizer.unk_token_id
     if unknown is None or world.forbidden[unknown] or unknown in world.eos_ids:
         return []
-    return [Check(f"largest probability of the unknown token {world.tokenizer.unk_token}",
+    return [Check(f"{of}largest probability of the unknown token {world.tokenizer.unk_token}",
                   worst(all_logprobs[..., unknown].exp()), 1e-3,
                   "the model has learned to write it: it counts as a token, and rules and judges "
                   "do not see it", fatal=False)]

@@ -156,6 +156,8 @@ def _pair(row, labelled: bool, template: Template | None) -> tuple[Pair | None, 
         raise ValueError("is not a JSON object")
     names = COLUMNS if labelled or "prompt" not in row else COLUMNS[:1]
     has = {name: row[name] for name in names if name in row}
+    if has.get("prompt", "") is None:
+        del has["prompt"]
     column = _read("prompt", has["prompt"], whole=False) if "prompt" in has else None
     sides = [_read(name, has[name], whole=True) if name in has else None for name in COLUMNS[1:]]
     _refuse_missing(row, has, column, sides, labelled)
@@ -198,7 +200,8 @@ def _whole_or_plain(column: str | Talk | None, sides: list[str | Talk]) -> list[
     marked = [side for side in sides if isinstance(side, Talk) and side.heads]
     if column is None and len(marked) == 1:
         raise ValueError("only one of chosen and rejected is a whole conversation")
-    known = " ".join(column.split()).casefold() if isinstance(column, str) else ""
+    text = column.turns[-1][1] if isinstance(column, Talk) else column or ""
+    known = " ".join(text.split()).casefold()
     if len(marked) == 2 and all(known in " ".join(side.heads[-1].split()).casefold()
                                 for side in marked):
         return sides

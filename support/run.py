@@ -16,7 +16,8 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
     judge            mean of the judge's score over the held-out prompts (the same for all agents
                      and modes), sampled at the training temperature with one random stream; before
                      the first update and after every round
-    judge_own        the same over the held-out prompts of the agent's own splits (--shards split)
+    judge_own        the same over the held-out prompts of the agent's own splits; null where there
+                     are none, with --shards iid and in centralized
     episodes         responses that the agent has learned from so far
     reward           the agent's own reward, mean over the rollout; normalised to mean 0 and
                      standard deviation 1 on samples of the initial policy, minus the missing-EOS

@@ -419,3 +419,20 @@ def test_a_run_is_not_resumed_on_other_data(base, tmp_path, monkeypatch, capfd):
     worlds.write_jsonl(path, worlds.text_rows(34))
     assert fedppo.main(["--resume", str(tmp_path / "runs/run")]) == 2
     assert "no longer gives the agents what the run was" in capfd.readouterr().err
+
+
+def test_agents_of_two_models_leave_cards_that_name_them(tmp_path, capfd):
+    flags = ("--preset tiny --device cpu --model tiny/model tiny/model-96x3 --agents 2 --rounds 2 "
+             "--updates 1 --batch 4 --pairs 8 --eval-prompts 4 --reward-epochs 1 --prompts common "
+             "--response-length 5 --name run --mode isolated federated").split()
+    assert fedppo.main([*flags, "--out", str(tmp_path)]) == 0
+    printed = capfd.readouterr().out
+    assert "--prompts common: all agents see all training prompts, without labels" in printed
+    assert "tiny/model-96x3: more left padding" in printed
+    for i, name in enumerate(("tiny/model", "tiny/model-96x3")):
+        folder = tmp_path / f"run/agents/federated-seed0-agent{i}"
+        assert f"from `{name}` on" in (folder / "README.md").read_text()
+        width = json.loads((folder / "config.json").read_text())["hidden_size"]
+        assert width == (64, 96)[i]
+    assert fedppo.main([*flags, "merged", "--out", str(tmp_path), "--name", "two"]) == 2
+    assert "--mode merged averages weights" in capfd.readouterr().err

@@ -1,11 +1,14 @@
 """benchmarks/dpo.py and joint.py: the loss by hand, an independent log-prob, the search's rule."""
 
+import math
+import random
 import sys
 
 import pytest
 import torch
 
 import fedppo
+import kl
 from support import load
 
 sys.path.append(str(load.HOME / "benchmarks"))
@@ -36,24 +39,50 @@ def test_response_logprobs_are_those_of_each_text_by_itself(tiny_world, tiny_tas
             assert logprob.item() == pytest.approx(plain.item(), abs=1e-3)
 
 
-def test_dpo_learns_the_pairs_and_averaging_makes_all_agents_one(tiny_world, tiny_task,
-                                                                 monkeypatch):
-    monkeypatch.setattr(dpo, "ROUNDS", 2)
-    monkeypatch.setattr(dpo, "STEPS", 4)
-    logs = {}
-    for arm in dpo.ARMS:
-        logs[arm] = []
-        dpo.train(tiny_world, tiny_task, arm, 0.5, 1e-3, logs[arm].append)
-    last = {arm: [row["judge"] for row in log if row["round"] == 2] for arm, log in logs.items()}
-    assert len(set(last["feddpo"])) == 1 < len(set(last["dpo"]))
+def test_dpo_learns_the_pairs_and_feddpo_averages_before_each_round(tiny_world, tiny_task,
+                                                                     monkeypatch):
+    """The first loss is log 2, whatever pairs it is of; then the chosen responses win."""
+    monkeypatch.setattr(dpo, "ROUNDS", 3)
+    monkeypatch.setattr(dpo, "STEPS", 1)
+    averaged, average = [], kl.average_weights
+    monkeypatch.setattr(kl, "average_weights", lambda states, weights: (
+        averaged.append(len(states)) or average(states, weights)))
+    logs = {arm: [] for arm in dpo.ARMS}
+    for arm, log in logs.items():
+        dpo.train(tiny_world, tiny_task, arm, 0.5, 1e-3, log.append)
+        assert len(averaged) == (3 if arm == "feddpo" else 0)
+        start = [row["loss"] for row in log if row["round"] == 1]
+        assert start == pytest.approx([0.6931] * 2, abs=1e-4)
     size = fedppo.size_of(tiny_world.model)
-    assert {row["bytes"] for row in logs["feddpo"]} == {0, size, 2 * size}
+    assert [row["bytes"] for row in logs["feddpo"]] == [n * size for n in (0, 0, 1, 1, 2, 2, 3, 3)]
     assert {row["bytes"] for row in logs["dpo"]} == {0}
+    monkeypatch.setattr(dpo, "STEPS", 8)
+    rows = []
+    dpo.train(tiny_world, tiny_task, "dpo", 0.5, 1e-3, rows.append)
+    last = [row["loss"] for row in rows if row["round"] == 3]
+    assert max(last) < 0.6, "three passes over 60 pairs"
 
 
 def row_of(job, score):
     return {"arm": job.arm, "regime": job.regime, "seed": str(job.seed), "settings": job.flags,
             "judge_final": str(score)}
+
+
+def test_a_search_takes_the_same_way_however_often_it_is_stopped():
+    """Rows are added in another order, and cut off inside a step."""
+    def score(cell):
+        return -abs(cell.beta - 2.0) - abs(cell.anchor - 0.2) + math.sin(1000 * cell.lr)
+    ends = []
+    for seed in range(6):
+        rng, rows = random.Random(seed), []
+        while jobs := joint.wanted(rows, "isolated", "own prompts"):
+            rng.shuffle(jobs)
+            for job in jobs[:rng.randint(1, len(jobs)) if seed else None]:
+                row = row_of(job, 0)
+                (cell, _), = joint.scores([row], job.arm, job.regime, job.seed).items()
+                rows.append(row | {"judge_final": str(score(cell))})
+        ends.append(sorted(row["settings"] for row in rows))
+    assert all(end == ends[0] for end in ends)
 
 
 @pytest.mark.parametrize("arm", joint.ARMS)

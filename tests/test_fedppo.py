@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import data
 import fedppo
 from fedppo import MODES, Agent, communication_matrix, cooperate, exchange, listen, make_task
-from support import fast, load
+from support import fast, load, preflight
 
 
 @pytest.fixture(scope="module")
@@ -609,21 +610,51 @@ def test_agents_of_different_models_hear_each_other(mixed, monkeypatch):
     assert start[0] == start[2] != start[1] == start[3]
 
 
-def test_an_agent_alone_does_not_know_of_other_models(mixed, small_settings):
-    """Reward model, initial policy and anchor are of its own model."""
-    plain = fedppo.World(dataclasses.replace(mixed.settings, model=("tiny/model",)))
-    for mode in ("isolated", "classic"):
-        both, alone = (train(world, make_task(world, 0), mode)[0] for world in (mixed, plain))
-        for i in (0, 2):
-            assert equal(weights_of(both[i]), weights_of(alone[i]))
+def test_an_agent_alone_does_not_know_of_other_models(mixed):
+    """Reward model, normalisation, initial policy and anchor are of its own model."""
+    for first, name in enumerate(mixed.settings.model):
+        plain = fedppo.World(dataclasses.replace(mixed.settings, model=(name,)))
+        tasks = make_task(mixed, 0), make_task(plain, 0)
+        for i in (first, first + 2):
+            assert tasks[0].spreads[i] == tasks[1].spreads[i]
+        for mode, anchor in (("isolated", 0.2), ("classic", 0.0)):
+            both, alone = (train(world, task, mode, anchor=anchor) for world, task in
+                           zip((mixed, plain), tasks, strict=True))
+            for i in (first, first + 2):
+                assert equal(weights_of(both[0][i]), weights_of(alone[0][i]))
+                assert [row for row in without_keys(both[1]) if row["agent"] == i] == [
+                    row for row in without_keys(alone[1]) if row["agent"] == i]
+
+
+def test_the_checks_are_of_every_model(mixed):
+    for pooled in (False, True):
+        task = make_task(mixed, 0, pooled)
+        names = [check.name for check in preflight.preflight(mixed, task)]
+        for model in mixed.settings.model:
+            assert sum(name.startswith(f"{model}: ") for name in names) >= 5
 
 
 def test_weights_of_different_shapes_are_not_averaged_nor_vocabularies_mixed(mixed, small_model):
     for changes in ({"mode": ("merged",)}, {"mode": ("isolated", "fedavg")},
                     {"mode": ("federated",), "rule": "weights"}):
-        with pytest.raises(data.UserError, match="averages weights, .* have different shapes"):
-            fedppo.check_shapes(fresh(mixed, **changes))
-    fedppo.check_shapes(fresh(mixed, mode=("isolated", "federated")))
-    with pytest.raises(data.UserError, match="have not one vocabulary"):
+        with pytest.raises(data.UserError, match="averages weights, .* differ in more than these"):
+            fedppo.check_models(fresh(mixed, **changes))
+    fedppo.check_models(fresh(mixed, mode=("isolated", "federated")))
+    fedppo.check_models(fresh(mixed, mode=("isolated", "classic"), rule="weights"))
+    with pytest.raises(data.UserError, match="tiny/model and .* have different vocabularies"):
         fedppo.World(dataclasses.replace(
             mixed.settings, model=("tiny/model", str(small_model))))
+
+
+def test_one_shape_is_not_one_model(small_settings, tmp_path):
+    """With two heads in place of four the weights fit, and say something else."""
+    other = shutil.copytree(load.HOME / "tiny/model", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"num_attention_heads": 2}
+    (other / "config.json").write_text(json.dumps(config))
+    world = fedppo.World(small_settings(
+        model=("tiny/model", str(other)), mode=("fedavg",), pairs=8, eval_prompts=4, batch=4,
+        reward_epochs=1, response_length=5, rounds=1, beta=0.1, lr=1e-3))
+    with pytest.raises(data.UserError, match="averages weights"):
+        fedppo.check_models(world)
+    _, rows = train(world, make_task(world, 0), "isolated", rule="weights")
+    assert all(abs(row["kl"]) < 1e-4 for row in rows if row["round"]), "to its own copy"

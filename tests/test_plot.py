@@ -182,7 +182,7 @@ def test_summary_by_hand():
         "updates": 4,
         "judge_initial": 0.25,  # (0 + 0.5) / 2
         "judge_final": 1.5,  # (2 + 1) / 2
-        "judge_own_final": None,  # these agents share out all splits
+        "judge_own_final": None,  # no agent has a prompt of its own
         # agent 0: (2 * 0.5 + 2 * 1.5) / 4 = 1; agent 1: (2 * 0.5 + 2 * 0.75) / 4 = 0.625
         "judge_auc": 0.8125,
         "reward_final": 3.5,  # updates 3 and 4: (1 + 3) / 2 = 2 and (4 + 6) / 2 = 5
@@ -191,6 +191,9 @@ def test_summary_by_hand():
         "incomplete_exchanges": 1,  # two updates of one round
         "bytes": 800,  # 400 at the last update of each
     }
+    # Agent 0 has prompts of its own splits, and its last score counts; agent 1 has none.
+    own = [row | {"judge_own": row["update"] / 8 if row["agent"] == 0 else None} for row in rows]
+    assert plot.summarise(own)["modes"]["isolated"]["mean"]["judge_own_final"] == 0.5
     summary = plot.summarise(rows)
     isolated = {"seeds": {"0": expected}, "mean": expected}
     assert summary == {"modes": {"isolated": isolated}, "differences": {}}

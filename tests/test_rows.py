@@ -301,6 +301,9 @@ def test_a_string_in_hh_form_is_a_conversation_and_no_template_is_put_over_it(tm
         dialogue = {"prompt": "Write one.", "chosen": "Human: hi\n\nAssistant: hello"}
         pair = one_row(tmp_path, dialogue | {"rejected": rejected})
         assert (pair.prompt, pair.chosen, pair.rejected) == (*dialogue.values(), rejected)
+        pair = one_row(tmp_path, dialogue | {"rejected": rejected, "prompt": talk("Write one.")})
+        assert (pair.prompt, pair.chosen, pair.rejected) == (*dialogue.values(), rejected)
+    assert one_row(tmp_path, whole | {"prompt": None}).prompt == prompt
 
 
 @pytest.mark.parametrize("how", ["Human: {}\r\n\r\nAssistant: {}", "Human: {}\nAssistant: {}",
