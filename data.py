@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import policies
 import ppo_core
 
 
@@ -328,9 +329,9 @@ class RewardModel(nn.Module):
 
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, L], padded on any side -> the trunk's last hidden states [B, L, D]."""
-        return self.trunk(**ppo_core.known_inputs(
+        return self.trunk(**policies.known_inputs(
             self.trunk, input_ids=ids, attention_mask=mask,
-            position_ids=ppo_core.position_ids(mask), use_cache=False)).last_hidden_state
+            position_ids=policies.position_ids(mask), use_cache=False)).last_hidden_state
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, L], padded on any side -> scores [B], not normalised."""

@@ -42,13 +42,14 @@ import torch
 
 import data
 import kl
+import policies
 import ppo_core
 from data import UserError, generator
-from support import fast, load, preflight
+from support import fast, load, preflight, start
 from support.load import MATRICES
 from support.run import Run, Stopped, print_anything, stoppable
-from support.settings import Command, Settings, parse, show
-from world import Task, World, deal_rows, make_task
+from support.settings import Command, Settings, parse
+from world import Task, World, make_task
 
 # ------------------------------------------------------------------------------------------- modes
 
@@ -184,6 +185,7 @@ class Agent:
             return {"episodes": self.episodes, "beta": s.beta}
         rollout, weights, missed = self.next_rollout(references, weights)
         mask = rollout.mask
+        ended = ppo_core.has_ended(rollout.response, mask, self.world.eos_ids)  # [B]
         left = 1 - self.done / (s.rounds * s.updates) if s.lr_schedule == "linear" else 1.0
         metrics = {
             "lr": s.lr * left, "beta": s.beta, "reward": rollout.scores.mean().item(),
@@ -191,10 +193,7 @@ class Agent:
             "kl_initial": (rollout.kl_initial * mask).sum(1).mean().item(),
             "entropy": ppo_core.masked_mean(rollout.entropy, mask).item(),
             "length": mask.sum(1).float().mean().item(),
-            "ended": ppo_core.has_ended(
-                rollout.response, mask, self.world.eos_ids).float().mean().item()}
-        if missed:
-            metrics["missed"] = missed
+            "ended": ended.float().mean().item()} | ({"missed": missed} if missed else {})
         self.optimizer.param_groups[0]["lr"] = metrics["lr"]
         self.done += 1
         try:
@@ -280,8 +279,8 @@ def exchange(
         if not fault:
             policy.model.load_state_dict(message)  # copies
             token = torch.zeros(1, 1, dtype=torch.long, device=policy.forbidden.device)
-            usable = has_logprobs(policy, token, torch.ones_like(token))
-            fault = "" if usable else "has no finite log-probs"
+            finite = has_logprobs(policy, token, torch.ones_like(token))
+            fault = "" if finite else "has no finite log-probs"
         if fault:
             policy.model.load_state_dict(own)
         faults.append(fault)
@@ -301,11 +300,9 @@ def unusable(message: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> 
 
 @torch.no_grad()
 def has_logprobs(policy: ppo_core.Policy, ids: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether a policy has log-probs behind every token of ids, mask [B, L], to which a KL can be
-    taken: weights can be finite and still too large.
-    """
-    inputs = ppo_core.known_inputs(policy.model, input_ids=ids, attention_mask=mask,
-                                   position_ids=ppo_core.position_ids(mask))
+    """Whether a policy's log-probs behind all tokens of ids, mask [B, L], are fit for a KL."""
+    inputs = policies.known_inputs(policy.model, input_ids=ids, attention_mask=mask,
+                                   position_ids=policies.position_ids(mask))
     logprobs = policy(**inputs).logits.float().log_softmax(-1)  # [B, L, V]
     return bool((logprobs[mask.bool()][:, ~policy.forbidden] > -MAX_NATS).all())  # NaN is not
 
@@ -414,9 +411,9 @@ def cooperate(
     return references, weights
 
 
-def average(policies: list[ppo_core.Policy], weights: torch.Tensor) -> dict[str, torch.Tensor]:
+def average(models: list[ppo_core.Policy], weights: torch.Tensor) -> dict[str, torch.Tensor]:
     """The weighted average of K policies' parameters, weights [K]."""
-    return kl.average_weights([policy.model.state_dict() for policy in policies], weights)
+    return kl.average_weights([policy.model.state_dict() for policy in models], weights)
 
 
 def merge(policies: list[ppo_core.Policy], weights: torch.Tensor, agent: Agent) -> ppo_core.Policy:
@@ -432,14 +429,13 @@ def judge(agent: Agent, task: Task, answered: tuple | None = None) -> dict:
     judge_own is the mean over the prompts of the agent's own splits. A score is None where there is
     no judge or no such prompt. answered: what `answers` gave for the same policy, if it is known.
     """
+    def mean(scores: list[float]) -> float | None:
+        return sum(scores) / len(scores) if scores else None
+
     scores, samples = answered or answers(agent, task)
     own = task.own_prompts[agent.index]
     mine = [scores[n] for n, prompt in enumerate(task.eval_prompts) if prompt in own and scores]
     return {"judge": mean(scores), "judge_own": mean(mine), "samples": samples}
-
-
-def mean(scores: list[float]) -> float | None:
-    return sum(scores) / len(scores) if scores else None
 
 
 def answers(agent: Agent, task: Task) -> tuple[list[float], list[dict]]:
@@ -485,7 +481,7 @@ def train(
     """
     s, mode_row = arm_settings(world.settings, mode), MODES[mode]
     if len(task.shards) != s.agents:
-        raise ValueError(f"mode {mode} trains {s.agents} agents and the task has data for "
+        raise ValueError(f"mode {mode} trains {s.agents} agents, and the task has data for "
                          f"{len(task.shards)}: make_task(..., pooled={mode_row.pooled})")
     matrix = matrix_of(s)  # [N, N]
     agents = [new_agent(i, world, task, s) for i in range(s.agents)]
@@ -516,7 +512,7 @@ def train(
             if mode_row.moves:
                 agent.policy.model.load_state_dict(average(frozen, mixture))
             for update in range(1, s.updates + 1):
-                # 4. Local PPO against it, on the agent's own prompts and by its own reward.
+                # 4. Local PPO against it, on the agent's prompts and by its own reward.
                 metrics = agent.update(references, weights)
                 # 5. After the round's last update, judge it on prompts that nobody trains on.
                 judged = judge(agent, task) if update == s.updates else {}
@@ -534,64 +530,6 @@ def train(
 # -------------------------------------------------------------------------------------------- main
 
 
-def load_world(s: Settings, reason: str) -> tuple[World, dict[int, list[dict]]]:
-    """Load what all seeds start from, and say what runs on what.
-
-    -> (it, what each seed deals to its agents, for config.json). Raises UserError.
-    """
-    for mode in s.mode:
-        matrix_of(arm_settings(s, mode))  # what is wrong with a file is said before work is lost
-    print(f"preset {s.preset}: {reason}; {show(s.model)} on {s.device}")
-    world = World(s)
-    for note in world.notes:
-        print(note)
-    check_models(world)
-    dropped = "; ".join(f"{n} since {why}" for why, n in world.dropped.items()) or "none"
-    print(f"{len(world.pairs)} preference pairs of {world.total} rows; dropped: {dropped}")
-    pooling = [f"--mode {mode}" for mode in s.mode if MODES[mode].pooled]
-    pooling += [f"--reward {s.reward}"] if s.reward in ("shared", "ensemble") else []
-    if pooling:
-        print(f"not private: {' and '.join(pooling)} pool what the agents own")
-    if s.prompts == "common":
-        print("--prompts common: all agents see all training prompts, without labels")
-    exchanging = tuple(mode for mode in s.mode if MODES[mode].exchanges)
-    if s.rounds == 1 and exchanging:
-        print(f"warning: with --rounds 1 {show(exchanging)} can learn nothing from peers: the only "
-              "exchange comes before the first update, when all policies are equal")
-    # Too little data is said now, not when earlier seeds are trained.
-    deals = {seed: describe_deal(deal_rows(world, seed)[1]) for seed in s.seeds}
-    for line in deals[s.seeds[0]][:8]:
-        print("agent {agent}: {rows} rows of {prompts} prompts from {}; {pairs} pairs fit its "
-              "reward model, {heldout} test it".format(", ".join(line["splits"]), **line))
-    if s.agents > 8:
-        print("(and so on: config.json has every agent's)")
-    return world, deals
-
-
-def check_models(world: World) -> None:
-    """Weights of different architectures have no average. Raises UserError."""
-    def architecture(model: torch.nn.Module) -> list:
-        config = {name: value for name, value in model.config.to_dict().items() if not
-                  name.endswith(("_id", "dtype", "_version", "architectures", "_name_or_path"))}
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        return [config, shapes]
-
-    every = [architecture(model) for model in world.models]
-    for mode in world.settings.mode if any(one != every[0] for one in every) else ():
-        averages = MODES[mode].moves or arm_settings(world.settings, mode).rule == "weights"
-        if MODES[mode].exchanges and averages:
-            raise UserError(f"--mode {mode} averages weights, and the models "
-                            f"{show(world.settings.model)} differ in more than these: --mode "
-                            "federated with another --rule compares their distributions alone")
-
-
-def describe_deal(shards: list[data.Shard]) -> list[dict]:
-    """What each agent was dealt, as numbers."""
-    return [{"agent": i, "splits": list(shard.splits), "rows": shard.rows,
-             "prompts": len(shard.prompts), "pairs": len(shard.train),
-             "heldout": len(shard.heldout)} for i, shard in enumerate(shards)]
-
-
 def execute(command: Command) -> None:
     """Do what the command line asks for.
 
@@ -601,13 +539,15 @@ def execute(command: Command) -> None:
     """
     started = time.perf_counter()
     s = command.settings
-    world, deals = load_world(s, command.reason)
+    arms = {mode: arm_settings(s, mode) for mode in s.mode}
+    for arm in arms.values():
+        matrix_of(arm)  # what is wrong with a file is said before work is lost
+    world, deals = start.load_world(s, command.reason, MODES, arms)
     s = dataclasses.replace(s, response_eos=world.settings.response_eos)  # as it was decided
     if command.check:
         preflight.report(world, make_task(world, s.seeds[0], MODES[s.mode[0]].pooled))
         print("no fatal check failed: run without --check to train")
         return
-    arms = {mode: arm_settings(s, mode) for mode in s.mode}
     with Run(s, command, {mode: arm.agents for mode, arm in arms.items()},
              matrix_of(s).tolist(), deals) as run:
         for seed in s.seeds:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import policies
 import ppo_core
 
 # ------------------------------------------------------------------------------------------ choice
@@ -61,11 +62,11 @@ class FastPolicy(ppo_core.Policy):
         hidden = neox_states(trunk, ids, *neox_rotation(trunk, mask), bias, kept)
         if self.head.bias is not None:
             return hidden, self.head(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):  # as ppo_core.Head
+        with torch.autocast(hidden.device.type, enabled=False):  # as policies.Head
             return hidden, Project.apply(hidden.float(), self.head.weight)
 
     def decoder(self, prompt_mask: Tensor, max_new_tokens: int) -> Callable[[Tensor], Tensor]:
-        """ppo_core.cached_decoder with positions, masks and a cache of fixed size made once."""
+        """policies.cached_decoder with positions, masks and a cache of fixed size made once."""
         trunk, config = self.model.base_model, self.model.config
         mask = nn.functional.pad(prompt_mask, (0, max_new_tokens), value=1)  # [B, L]
         cos, sin = neox_rotation(trunk, mask)
@@ -111,7 +112,7 @@ def causal_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def neox_rotation(trunk: nn.Module, mask: Tensor) -> tuple[Tensor, Tensor]:
     """mask [B, L] -> cos, sin [B, L, 1, 1, R]; sin has rotate_half's sign in it."""
-    positions = ppo_core.position_ids(mask)
+    positions = policies.position_ids(mask)
     cos, sin = (x[:, :, None, None] for x in trunk.rotary_emb(trunk.embed_in.weight, positions))
     first, second = sin.chunk(2, -1)
     return cos, torch.cat([-first, second], -1)  # so that a roll by half is rotate_half
@@ -419,7 +420,7 @@ def cast_products(
     linear, shared = [], {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if isinstance(module, nn.Linear) and not isinstance(module, ppo_core.Head):
+            if isinstance(module, nn.Linear) and not isinstance(module, policies.Head):
                 linear.append(parameter)
             else:
                 shared[id(parameter)] = parameter  # tied to an embedding, a head stays one with it

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Scorer, UserError, encode_prompts, frame, special_ids, text_scorer
-from ppo_core import cached_decoder, known_inputs, position_ids
+from policies import cached_decoder, known_inputs, position_ids
 from support.rows import Template
 
 HOME = Path(__file__).resolve().parent.parent  # the project's root folder

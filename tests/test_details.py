@@ -4,11 +4,11 @@ Most are mistakes that published implementations shipped. In reading order: the 
 function where it is kept (load and rows: support/). The test of each number fails if its detail is
 broken.
 
-     1  Padding never matters: positions count real tokens             ppo_core.position_ids
+     1  Padding never matters: positions count real tokens             policies.position_ids
      2  Pad is not EOS; EOS has mask 1 and a gradient, the rest mask 0 ppo_core.generate
-     3  Response logits are logits[:, Q-1:-1]                          ppo_core.Policy
+     3  Response logits are logits[:, Q-1:-1]                          policies.Policy
      4  One temperature in sampler, policy and references              ppo_core.score_tokens
-     5  Dropout is off everywhere                                      ppo_core.Policy
+     5  Dropout is off everywhere                                      policies.Policy
      6  Old and new log-probs come from one forward                    ppo_core.score_tokens
      7  The score lands on the last valid token                        ppo_core.penalised_rewards
      8  The reward model reads valid tokens; its texts end as sampled  data.RewardModel
@@ -33,7 +33,7 @@ broken.
     27  Prompt and response are joined by exactly one space            data.encode_response
     28  The reward model is trained, trunk and head                    data.fit_reward_model
     29  Weights are float32, whatever the checkpoint is                load.load_model
-    30  A number added to all logits costs no digits                   ppo_core.Head
+    30  A number added to all logits costs no digits                   policies.Head
     31  The reward model scores texts of the form it was fitted to     data.model_scorer
     32  Rows are dealt by prompt; pairs that are equal when cut go     data.make_shards
     33  Any id may be the pad, EOS too: masks decide                   load.choose_pad
@@ -73,17 +73,20 @@ from transformers import AutoModelForCausalLM
 import data
 import fedppo
 import kl
+import policies
 import ppo_core
 from data import UserError
 from ppo_core import PENALTIES, gae, generate, penalised_rewards, ppo_loss, score_tokens
 from support import fast, load, preflight, rows
 from support.settings import Settings, parse
+from world import deal_rows
 
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 
 
 def test_the_list_of_details_is_that_of_the_tests_and_names_what_is_there():
-    modules = {"ppo_core": ppo_core, "fedppo": fedppo, "data": data, "load": load,
+    modules = {"ppo_core": ppo_core, "policies": policies,
+               "fedppo": fedppo, "data": data, "load": load,
                "rows": rows}
     lines = [line for line in __doc__.splitlines() if line.startswith("    ")]
     for line in lines:
@@ -168,7 +171,7 @@ def test_detail_01_padding_never_matters(toy_policy, make):
     ids stand at the pads.
     """
     padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    assert ppo_core.position_ids(padding).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert policies.position_ids(padding).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
     policy, tau = moved(toy_policy() if make == "neox" else by_position(), 0.1, 9), 0.7
     prompts, prompt_mask = data.pad(PROMPTS, PAD, "left")
     response, mask = generate(policy, prompts, prompt_mask, 9, temperature=tau, eos_id=EOS,
@@ -915,7 +918,7 @@ def test_detail_32_no_prompt_is_in_two_parts_and_equal_pairs_are_dropped(
     assert len(world.pairs) == 40 and world.total == 203
     assert dict(world.dropped) == {
         rows.DUPLICATE: 160, "the model reads the same in their first 6 tokens": 3}
-    eval_prompts, shards, judge = fedppo.deal_rows(world, 0)
+    eval_prompts, shards, judge = deal_rows(world, 0)
     parts = [judge, *(part for shard in shards for part in (shard.train, shard.heldout))]
     prompts = [prompt for part in parts for prompt in {pair.prompt for pair in part}]
     assert len({*prompts, *eval_prompts}) == len(prompts) + len(eval_prompts)

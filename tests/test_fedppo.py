@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import data
 import fedppo
 from fedppo import MODES, Agent, communication_matrix, cooperate, exchange, listen, make_task
-from support import fast, load, preflight
+from support import fast, load, preflight, start
 
 
 @pytest.fixture(scope="module")
@@ -578,10 +578,15 @@ def test_judge_own_is_the_judge_on_the_prompts_of_an_agents_own_splits(world):
         assert 0 < len(mine) < 16
         assert row["judge_own"] == pytest.approx(sum(mine) / len(mine), abs=1e-5)
         assert row["judge"] == pytest.approx(sum(scores) / 16, abs=1e-5)
-    start = {row["agent"]: row["judge_own"] for row in rows if not row["update"]}
-    assert len(set(start.values())) == len(agents), "one policy, judged on different prompts"
+    first = {row["agent"]: row["judge_own"] for row in rows if not row["update"]}
+    assert len(set(first.values())) == len(agents), "one policy, judged on different prompts"
     _, iid = train(world, make_task(fresh(world, shards="iid"), 1), "isolated", shards="iid")
     assert {row.get("judge_own") for row in iid} == {None}
+
+
+def check_models(world):
+    arms = {mode: fedppo.arm_settings(world.settings, mode) for mode in world.settings.mode}
+    start.check_models(world, MODES, arms)
 
 
 @pytest.fixture(scope="module")
@@ -606,8 +611,8 @@ def test_agents_of_different_models_hear_each_other(mixed, monkeypatch):
     first = [row for row in rows if row["round"] == 1]
     assert all(row["kl"] > 0.01 for row in first), "another model is another distribution"
     assert all(abs(row["kl_initial"]) < 1e-4 for row in first), "the first rollout is its own"
-    start = {row["agent"]: row["judge"] for row in rows if not row["update"]}
-    assert start[0] == start[2] != start[1] == start[3]
+    before = {row["agent"]: row["judge"] for row in rows if not row["update"]}
+    assert before[0] == before[2] != before[1] == before[3]
 
 
 def test_an_agent_alone_does_not_know_of_other_models(mixed):
@@ -638,9 +643,9 @@ def test_weights_of_different_shapes_are_not_averaged_nor_vocabularies_mixed(mix
     for changes in ({"mode": ("merged",)}, {"mode": ("isolated", "fedavg")},
                     {"mode": ("federated",), "rule": "weights"}):
         with pytest.raises(data.UserError, match="averages weights, .* differ in more than these"):
-            fedppo.check_models(fresh(mixed, **changes))
-    fedppo.check_models(fresh(mixed, mode=("isolated", "federated")))
-    fedppo.check_models(fresh(mixed, mode=("isolated", "classic"), rule="weights"))
+            check_models(fresh(mixed, **changes))
+    check_models(fresh(mixed, mode=("isolated", "federated")))
+    check_models(fresh(mixed, mode=("isolated", "classic"), rule="weights"))
     with pytest.raises(data.UserError, match="tiny/model and .* have different vocabularies"):
         fedppo.World(dataclasses.replace(
             mixed.settings, model=("tiny/model", str(small_model))))
@@ -655,6 +660,6 @@ def test_one_shape_is_not_one_model(small_settings, tmp_path):
         model=("tiny/model", str(other)), mode=("fedavg",), pairs=8, eval_prompts=4, batch=4,
         reward_epochs=1, response_length=5, rounds=1, beta=0.1, lr=1e-3))
     with pytest.raises(data.UserError, match="averages weights"):
-        fedppo.check_models(world)
+        check_models(world)
     _, rows = train(world, make_task(world, 0), "isolated", rule="weights")
     assert all(abs(row["kl"]) < 1e-4 for row in rows if row["round"]), "to its own copy"

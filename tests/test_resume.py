@@ -196,8 +196,8 @@ def test_a_run_killed_twenty_times_ends_like_one_that_was_not(flags, tmp_path):
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               cwd=Path(fedppo.__file__).parent)
-    for attempt in range(100):
-        if kills >= 20:
+    for attempt in range(400):  # on a busy machine a run comes less far between two kills
+        if kills >= 20 and len(arms) >= 4:
             break
         if (folder / "summary.json").exists():  # it was finished between two kills: begin anew
             for file in folder.glob("checkpoint-*"):
