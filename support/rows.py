@@ -126,8 +126,8 @@ def _refuse(bad: list[str], note: str = "") -> None:
 
 # ----------------------------------------------------------------------------------------- one row
 
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
-         "bot": "assistant", "model": "assistant"}  # other names for the two
+ROLES = {"human": "user", "prompter": "user", "bot": "assistant",
+         "model": "assistant"}  # other names for the two; what ends in gpt is the assistant too
 # How Anthropic's hh-rlhf marks turns in a string; some copies of it have single line breaks.
 MARKS = (r"(?:\A|\n[ \t]*\n)[ \t]*(Human|Assistant):", r"(?:\A|\n)[ \t]*(Human|Assistant):")
 TEMPLATE = "conversations become prompts by the tokenizer's chat template"
@@ -312,7 +312,8 @@ def _turn(message) -> tuple[str, str] | None:
         said = "\n".join(parts) if parts and all(isinstance(p, str) for p in parts) else None
     if not isinstance(role, str) or not isinstance(said, str):
         return None
-    return ROLES.get(role.lower(), role.lower()), said.strip()
+    role = "assistant" if role.lower().endswith("gpt") else role.lower()
+    return ROLES.get(role, role), said.strip()
 
 
 # ------------------------------------------------------------------------------------------- files
