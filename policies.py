@@ -1,10 +1,12 @@
 """A language model as PPO sees it: next-token logits and a value for every state, and a cache.
 
 In reading order
-    1. position_ids, known_inputs   what a forward is given
+    1. position_ids, known_inputs,  what a forward is given
+       cache_name
     2. Head                         the output embedding, computed in float32 in every dtype
     3. Policy                       a causal LM with a value head, and a mask of ids without token
     4. cached_decoder               the forward of the sampler, token by token
+    5. has_logprobs                 whether a policy that was received can be a reference at all
 
 support/fast.py has a faster form of Policy for GPT-NeoX, with the same results to rounding.
 
@@ -34,6 +36,13 @@ def known_inputs(model: nn.Module, **inputs) -> dict:
     """
     names = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in names}
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model's forward calls its key/value cache, as an input and in its output: `cache`
+    from transformers 5.24 on."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 class Head(nn.Linear):
@@ -153,18 +162,30 @@ def cached_decoder(model: nn.Module, prompt_mask: Tensor) -> Callable[[Tensor], 
     the prompt (L = Q), each later one the token drawn last (L = 1).
     """
     attention, positions, cache = prompt_mask, position_ids(prompt_mask), None
+    inner = model.model if isinstance(model, Policy) else model
+    name = cache_name(inner)
 
     def step(tokens: Tensor) -> Tensor:
         nonlocal attention, positions, cache
         if cache is not None:
             positions = positions[:, -1:] + 1
             attention = torch.cat([attention, attention.new_ones(len(tokens), 1)], dim=1)
-        inputs = known_inputs(
-            model.model if isinstance(model, Policy) else model, input_ids=tokens,
-            attention_mask=attention, position_ids=positions, past_key_values=cache,
-            use_cache=True, logits_to_keep=1)
-        output = model(**inputs)
-        cache = output.past_key_values
+        output = model(**known_inputs(
+            inner, input_ids=tokens, attention_mask=attention, position_ids=positions,
+            use_cache=True, logits_to_keep=1, **{name: cache}))
+        cache = getattr(output, name)
         return output.logits[:, -1]
 
     return step
+
+
+MAX_NATS = 1e4  # a KL per token, or a log-prob below minus this, would drown every gradient
+
+
+@torch.no_grad()
+def has_logprobs(policy: Policy, ids: Tensor, mask: Tensor) -> bool:
+    """Whether a policy's log-probs behind all tokens of ids, mask [B, L], are fit for a KL."""
+    inputs = known_inputs(policy.model, input_ids=ids, attention_mask=mask,
+                          position_ids=position_ids(mask))
+    logprobs = policy(**inputs).logits.float().log_softmax(-1)  # [B, L, V]
+    return bool((logprobs[mask.bool()][:, ~policy.forbidden] > -MAX_NATS).all())  # NaN is not

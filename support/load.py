@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Scorer, UserError, encode_prompts, frame, special_ids, text_scorer
-from policies import cached_decoder, known_inputs, position_ids
+from policies import cache_name, cached_decoder, known_inputs, position_ids
 from support.rows import Template
 
 HOME = Path(__file__).resolve().parent.parent  # the project's root folder
@@ -282,7 +282,7 @@ def why_no_decoder(model, token_ids: Tensor) -> str:
         if differs(model(input_ids=ids).logits.float()[..., token_ids], whole):
             return "it counts positions in a way of its own"  # RoBERTa's begin behind the pad's id
         output = model(**known_inputs(model, input_ids=ids, attention_mask=mask, use_cache=True))
-        if getattr(output, "past_key_values", None) is None:
+        if getattr(output, cache_name(model), None) is None:
             return "it keeps no key/value cache, which sampling needs"
         padded = torch.nn.functional.pad(ids, (3, 0), value=int(token_ids[-1]))
         attention = torch.nn.functional.pad(mask, (3, 0))
