@@ -24,7 +24,7 @@ Departures from the papers
     D1  `fedavg` averages policies only (1602.05629 averages the learner): value heads and Adam
         moments stay local. All agents weigh alike, however much data they have.
     D2  The KL reference of `isolated` moves: it is the agent's own copy from the start of the
-        round. `classic` is PPO with a fixed one.
+        round, mixed with the initial policy by --anchor. `classic` is PPO with a fixed one.
     D3  `centralized`, the upper reference, is one agent with N times the batch and the same number
         of updates, so the same total episodes.
 """
@@ -61,9 +61,12 @@ class Mode:
     topology: str | None  # of the communication matrix W
     rule: str | None  # how references are combined (kl.py)
     moves: bool  # at an exchange the policy itself becomes the average of weights by its row of W
-    anchor: float | None  # weight of the initial policy in every reference
-    beta: float  # KL coefficient and learning rate where none are given, tuned for the tiny world
-    lr: float  # (benchmarks/results/chosen.json)
+    # Where the flags say nothing; tuned for own prompts in the tiny world (benchmarks/tune.py):
+    anchor: float  # weight of the initial policy in every reference; --anchor leaves a 1 as it is
+    beta: float  # KL coefficient
+    lr: float
+    self_weight: float = 0.4  # an agent's own weight in W
+    help: str = ""  # for --help
     server: bool = False  # the average is made once, by a server: an agent receives one policy
     pooled: bool = False  # all data to one agent
 
@@ -78,12 +81,18 @@ class Mode:
 
 
 MODES = {
-    "isolated": Mode("identity", None, moves=False, anchor=None, beta=0.5, lr=5e-4),
-    "classic": Mode("identity", None, moves=False, anchor=1, beta=0.03, lr=5e-4),
-    "federated": Mode(None, None, moves=False, anchor=None, beta=0.25, lr=5e-4),
-    "merged": Mode(None, None, moves=True, anchor=None, beta=0.5, lr=1e-3),
-    "fedavg": Mode("uniform", "weights", moves=True, anchor=None, beta=0.25, lr=1e-3, server=True),
-    "centralized": Mode("identity", None, moves=False, anchor=None, beta=0.5, lr=5e-4, pooled=True),
+    "isolated": Mode("identity", None, moves=False, anchor=0.2, beta=0.25, lr=5e-4,
+                     help="each agent alone; KL to its own last copy and the initial policy"),
+    "classic": Mode("identity", None, moves=False, anchor=1, beta=0.03, lr=5e-4,
+                    help="each agent alone; KL to the initial policy, as in ordinary PPO"),
+    "federated": Mode(None, None, moves=False, anchor=0, beta=0.25, lr=5e-4, self_weight=0.6,
+                      help="KL to a mixture of the policies received: the algorithm"),
+    "merged": Mode(None, None, moves=True, anchor=0.1, beta=0.25, lr=1e-3,
+                   help="the same, and each policy becomes the average of the weights received"),
+    "fedavg": Mode("uniform", "weights", moves=True, anchor=0.1, beta=0.25, lr=1e-3, server=True,
+                   help="a server averages all weights; KL to the average"),
+    "centralized": Mode("identity", None, moves=False, anchor=0.1, beta=0.5, lr=5e-4, pooled=True,
+                        help="one agent with all data and all rollouts: not private"),
 }
 
 
@@ -92,8 +101,9 @@ def arm_settings(s: Settings, mode: str) -> Settings:
     row = MODES[mode]
     arm = dataclasses.replace(
         s, topology=row.topology or s.topology, rule=row.rule or s.rule,
-        anchor=s.anchor if row.anchor is None else row.anchor,
-        beta=row.beta if s.beta is None else s.beta, lr=row.lr if s.lr is None else s.lr)
+        anchor=row.anchor if s.anchor is None or row.anchor == 1 else s.anchor,
+        beta=row.beta if s.beta is None else s.beta, lr=row.lr if s.lr is None else s.lr,
+        self_weight=row.self_weight if s.self_weight is None else s.self_weight)
     return dataclasses.replace(arm, agents=1, batch=s.batch * s.agents) if row.pooled else arm
 
 
@@ -135,9 +145,6 @@ def matrix_of(s: Settings) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------- agent
-
-
-MAX_NATS = 1e4  # a KL per token, or a log-prob below minus this, would drown every gradient
 
 
 class Agent:
@@ -228,10 +235,10 @@ class Agent:
                 generate=world.generate)
 
         rollout = against(references, weights)
-        if (rollout.kl.abs() < MAX_NATS)[rollout.mask.bool()].all():  # NaN is not
+        if (rollout.kl.abs() < policies.MAX_NATS)[rollout.mask.bool()].all():  # NaN is not
             return rollout, weights, None
         kept = [k for k, policy in enumerate(references)
-                if has_logprobs(policy, rollout.ids, rollout.attention)]
+                if policies.has_logprobs(policy, rollout.ids, rollout.attention)]
         if len(kept) == len(references):  # they are far, and that is all
             return rollout, weights, None
         references = [references[k] for k in kept] or [self.policy]
@@ -279,7 +286,7 @@ def exchange(
         if not fault:
             policy.model.load_state_dict(message)  # copies
             token = torch.zeros(1, 1, dtype=torch.long, device=policy.forbidden.device)
-            finite = has_logprobs(policy, token, torch.ones_like(token))
+            finite = policies.has_logprobs(policy, token, torch.ones_like(token))
             fault = "" if finite else "has no finite log-probs"
         if fault:
             policy.model.load_state_dict(own)
@@ -296,15 +303,6 @@ def unusable(message: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> 
     if not all(torch.isfinite(tensor).all() for tensor in message.values()):
         return "is not finite"
     return ""
-
-
-@torch.no_grad()
-def has_logprobs(policy: ppo_core.Policy, ids: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether a policy's log-probs behind all tokens of ids, mask [B, L], are fit for a KL."""
-    inputs = policies.known_inputs(policy.model, input_ids=ids, attention_mask=mask,
-                                   position_ids=policies.position_ids(mask))
-    logprobs = policy(**inputs).logits.float().log_softmax(-1)  # [B, L, V]
-    return bool((logprobs[mask.bool()][:, ~policy.forbidden] > -MAX_NATS).all())  # NaN is not
 
 
 def listen(
@@ -331,7 +329,7 @@ def listen(
         own_text = agent.world.padded(agent.prompts[:8])
         if mode.listens:
             bad |= {j: "has no finite log-probs here" for j in peers
-                    if j not in bad and not has_logprobs(frozen[j], *own_text)}
+                    if j not in bad and not policies.has_logprobs(frozen[j], *own_text)}
         if agent.settings.outlier and mode.listens:
             heard = {j: frozen[j] for j in peers if j not in bad}
             bad |= dict.fromkeys(outliers(agent, heard), "is an outlier")
@@ -339,7 +337,7 @@ def listen(
         left_out = [*bad, i] if mode.server and faults[i] else list(bad)
         row = renormalised(matrix[i], i, left_out)
         told = [f"agent {j} {bad[j]}" for j in sorted(bad)]
-        if mode.server and not has_logprobs(merge(frozen, row, agent), *own_text):
+        if mode.server and not policies.has_logprobs(merge(frozen, row, agent), *own_text):
             row, told = renormalised(row, i, peers), [*told, "the average has no finite log-probs"]
         rows.append(row)
         missed.append("; ".join(told) or None)
@@ -548,8 +546,10 @@ def execute(command: Command) -> None:
         preflight.report(world, make_task(world, s.seeds[0], MODES[s.mode[0]].pooled))
         print("no fatal check failed: run without --check to train")
         return
-    with Run(s, command, {mode: arm.agents for mode, arm in arms.items()},
-             matrix_of(s).tolist(), deals) as run:
+    names = ("agents", "topology", "rule", "self_weight", "anchor", "beta", "lr")
+    resolved = {mode: {name: getattr(arm, name) for name in names}
+                | {"matrix": matrix_of(arm).tolist()} for mode, arm in arms.items()}
+    with Run(s, command, resolved, deals) as run:
         for seed in s.seeds:
             tasks: dict[bool, Task] = {}  # pooled or not
             for mode in s.mode:
@@ -557,13 +557,12 @@ def execute(command: Command) -> None:
                     continue
                 pooled = MODES[mode].pooled
                 if pooled not in tasks:
-                    run.bar.set_description(f"preparing seed {seed}")
-                    tasks[pooled] = make_task(world, seed, pooled)
+                    tasks[pooled] = make_task(world, seed, pooled, run.bar.set_description)
                     run.check_models(f"{seed} {pooled}", tasks[pooled].fingerprint)
                 if not run.rows:
                     preflight.report(world, tasks[pooled])
                 agents = train(world, tasks[pooled], mode, run.log,
-                               functools.partial(run.save, seed, mode), run.state_of(seed, mode))
+                               functools.partial(run.save, seed, mode), run.begin(seed, mode))
                 models = {agent.index: agent.policy.model for agent in agents}
                 run.save_agents(seed, mode, models, world.tokenizer, world.forbidden, arms[mode])
                 del agents, models  # the next arm needs the memory

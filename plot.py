@@ -59,6 +59,9 @@ MODE_STYLES = {
 SPARE_STYLES = [("#E69F00", (0, (2, 1)), "X"), ("#888888", (0, (7, 1, 1, 1)), "<")]
 
 
+BAND_FROM = 3  # seeds: fewer are shown one by one
+
+
 class RunError(ValueError):
     """A mistake its user can mend: told in one line, without a traceback."""
 
@@ -195,7 +198,9 @@ def _summarise_agent(rows: list[dict]) -> dict:
     return {
         "judge_initial": y[0] if x[:1] == [0] else None,
         "judge_final": y[-1] if len(x) > 1 else None,
+        "judge_own_initial": judged[0].get("judge_own") if x[:1] == [0] else None,
         "judge_own_final": judged[-1].get("judge_own") if len(x) > 1 else None,
+        "kl_initial_final": rows[-1].get("kl_initial"),
         "judge_auc": np.trapezoid(y, x) / (x[-1] - x[0]) if len(x) > 1 else None,  # area / updates
         "reward_final": _mean(reward for reward in last_round if reward is not None),
     }
@@ -211,14 +216,14 @@ def _summarise_seed(rows: list[dict]) -> dict:
     done = list(itertools.chain(*agents))
     scores = [_summarise_agent(agent) for agent in agents]
     entry = {"updates": last} | {key: _mean(score[key] for score in scores) for key in scores[0]}
-    own = [score["judge_own_final"] for score in scores]  # an agent may have no prompt of its own
-    entry["judge_own_final"] = _mean(score for score in own if score is not None)
+    for key in ("judge_own_initial", "judge_own_final"):  # an agent may have no prompt of its own
+        entry[key] = _mean(score[key] for score in scores if score[key] is not None)
     final = "reward_final" if all(row.get("judge") is None for row in rows) else "judge_final"
     worst = None if entry[final] is None else float(min(score[final] for score in scores))
     missed = {(row["agent"], row["round"]) for row in done if row.get("missed")}
     return entry | {
         "worst_agent_final": worst,
-        "seconds": float(sum(row.get("seconds") or 0 for row in done)),
+        "seconds": float(sum(row.get("wall") or 0 for row in done)),
         "incomplete_exchanges": len(missed),
         "bytes": int(sum(agent[-1].get("bytes") or 0 for agent in agents)),  # these are cumulative
     }
@@ -233,10 +238,13 @@ def _differences(modes: dict[str, dict]) -> dict:
         finals = [[one["judge_final"] for one in pair] for pair in pairs
                   if pair[0]["updates"] == pair[1]["updates"]]
         finals = [pair for pair in finals if None not in pair]
-        if mode != "isolated" and len(finals) >= 2:
-            mean, low, high = paired_difference(*zip(*finals, strict=True))
-            differences[f"{mode} - isolated"] = {
-                "key": "judge_final", "seeds": len(finals), "mean": mean, "low": low, "high": high}
+        if mode == "isolated" or not finals:
+            continue
+        found = {"key": "judge_final", "each": [a - b for a, b in finals]}
+        if len(finals) >= BAND_FROM:
+            band = paired_difference(*zip(*finals, strict=True))
+            found |= dict(zip(("mean", "low", "high"), band, strict=True))
+        differences[f"{mode} - isolated"] = found
     return differences
 
 
@@ -244,15 +252,16 @@ def summarise(rows: list[dict]) -> dict:
     """Rows -> {"modes": {mode: {"seeds": {seed: entry}, "mean": entry}}, "differences": {...}}.
 
     An entry: judge_initial and judge_final, the first and last score on held-out prompts;
-    judge_auc, the mean height of the judge's curve (trapezoids); judge_own_final, the last score on
-    the held-out prompts of the agent's own splits; reward_final, the own reward over the last
-    round's updates: all means over agents; worst_agent_final, the lowest judge_final
-    (reward_final if there is no judge); seconds and bytes received, sums over agents;
+    judge_own_initial and judge_own_final, the same on those of the agent's own splits; judge_auc,
+    the mean height of the judge's curve (trapezoids); kl_initial_final, the last update's KL to the
+    initial policy; reward_final, the own reward over the last round's updates: all means over
+    agents; worst_agent_final, the lowest judge_final (reward_final if there is no judge); seconds
+    on the clock of training and judging all agents; bytes received, of all agents;
     incomplete_exchanges, how often an agent was absent or could not use what a peer sent; updates,
     how far the seed came. None: cannot be had. All is fit for JSON.
     "mean" is over the seeds that came as far as the mode's farthest. "differences" holds "MODE -
     isolated" in judge_final for every other mode, paired over the seeds in which both came equally
-    far, if there are two or more.
+    far: that of each seed, and for BAND_FROM seeds or more their mean and its band.
     """
     groups = {}
     for row in rows:
@@ -273,27 +282,32 @@ def table(summary: dict) -> str:
     def number(value: float | None, decimals: int = 2) -> str:
         return "-" if value is None else f"{value:.{decimals}f}"
 
-    line = "{:<11}  {:>5}  {:>15}  {:>10}  {:>5}  {:>11}  {:>10}  {:>9}  {:>8}"
-    lines = [line.format("mode", "seeds", "before -> after", "own splits", "area", "worst agent",
-                         "own reward", "MB heard", "seconds")]
+    line = "{:<11} {:>5}  {:>14}  {:>14}  {:>5}  {:>6}  {:>6}  {:>6}"
+    lines = [line.format("mode", "seeds", "judge's score", "on own splits", "worst", "KL to",
+                         "MB re-", "wall"),
+             line.format("", "", "before, after", "before, after", "agent", "start", "ceived",
+                         "s")]
     for mode, entry in summary["modes"].items():
         mean = entry["mean"]
-        judge = f"{number(mean['judge_initial'])} -> {number(mean['judge_final'])}"
-        scores = [number(mean[key]) for key in ("judge_own_final", "judge_auc",
-                                                "worst_agent_final", "reward_final")]
-        costs = number(mean["bytes"] / 1e6, 1), number(mean["seconds"], 1)
-        lines.append(line.format(mode, len(entry["seeds"]), judge, *scores, *costs))
-    lines.append("(means over seeds; judge's score before -> after, and after on each agent's own "
-                 "splits;\n area: mean of the judge's curve; MB, seconds: all agents together)")
+        scores = [f"{number(mean[f'{key}_initial'])} -> {number(mean[f'{key}_final'])}"
+                  for key in ("judge", "judge_own")]
+        costs = number(mean["bytes"] / 1e6, 1), number(mean["seconds"], 0)
+        lines.append(line.format(mode, len(entry["seeds"]), *scores,
+                                 number(mean["worst_agent_final"]),
+                                 number(mean["kl_initial_final"], 1), *costs))
+    lines.append("(means over seeds; KL per response, in nats, of the last rollout; MB and\n"
+                 " seconds of all agents together, without what prepares the training)")
     for mode, entry in summary["modes"].items():
         if missed := sum(seed["incomplete_exchanges"] for seed in entry["seeds"].values()):
             lines.append(f"{mode}: {missed} times an agent was absent, frozen or missed a peer "
                          "(`missed` in metrics.jsonl)")
     width = max(map(len, summary["differences"]), default=0)
     for name, d in summary["differences"].items():
-        band = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
-        pairs = f"{d['seeds']} same-seed pairs, 95 % band{', too narrow' if d['seeds'] < 5 else ''}"
-        lines.append(f"{name + ',':<{width + 1}} judge after: {band} ({pairs})")
+        text = ", ".join(f"{one:+.2f}" for one in d["each"]) + " (each seed)"
+        if "mean" in d:
+            text = (f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}] "
+                    f"({len(d['each'])} same-seed pairs, 95 % band)")
+        lines.append(f"{name + ',':<{width + 1}} judge after: {text}")
     return "\n".join(lines)
 
 
@@ -331,7 +345,7 @@ def _draw_curve(axes, rows: list[dict], mode: str, key: str, style: tuple, label
         return 0
     axes.plot(updates, iqm(values), color=color, linestyle=line, linewidth=2, marker=marker,
               markersize=5, markevery=max(1, len(updates) // 10), label=label, zorder=3)
-    if len(values) >= 3:
+    if len(values) >= BAND_FROM:
         axes.fill_between(updates, *bootstrap_band(values), color=color, alpha=0.18, linewidth=0)
         return len(values)
     unit = "seed" if len(values) == 2 else "agent"
@@ -419,6 +433,17 @@ def draw(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
     return png, png.with_suffix(".svg")
 
 
+def unfinished(folder: str | Path) -> str:
+    """How far a run has come that still goes on or was stopped; "" of a finished one."""
+    if (Path(folder) / "summary.json").exists():
+        return ""
+    updates = {}  # (mode, seed) -> the last update of any agent
+    for row in load_metrics(folder):
+        updates[row["mode"], row["seed"]] = row["update"]
+    (mode, seed), last = list(updates.items())[-1]
+    return f" is not finished: {mode}, seed {seed}, is at update {last}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """python plot.py RUN [RUN ...] [--out FILE.png] -> exit code: 0, or 2 and one line on why."""
 
@@ -437,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         home = Path(options.runs[0]) if len(options.runs) == 1 else Path()
         pictures = draw(options.runs, options.out or home / "curves.png")
         for run in options.runs:
-            print(f"{run}\n{table(summarise(load_metrics(run)))}\n")
+            print(f"{run}{unfinished(run)}\n{table(summarise(load_metrics(run)))}\n")
     except (RunError, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

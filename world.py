@@ -234,8 +234,10 @@ def deal_rows(world: World, seed: int) -> tuple[list[str], list[data.Shard], lis
         n_judge=max(2, len(world.pairs) // 4) if s.judge == "heldout" else 0)
 
 
-def make_task(world: World, seed: int, pooled: bool = False) -> Task:
-    """Deal the data and fit the reward models of a seed; pooled: all data to one agent."""
+def make_task(world: World, seed: int, pooled: bool = False,
+              say: Callable[[str], None] = lambda what: None) -> Task:
+    """Deal the data and fit the reward models of a seed; pooled: all data to one agent; say: told
+    what takes time, before it does."""
     s = world.settings
     eval_prompts, shards, judge_pairs = deal_rows(world, seed)
     everything = data.pool(shards)
@@ -250,6 +252,7 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
     # 1. The judge, which takes no part in training.
     judge, judge_accuracy = world.judge, None
     if s.judge == "heldout":
+        say(f"seed {seed}: fitting the judge")
         heldout, train = data.split_by_prompt(
             judge_pairs, min(256, max(1, len(judge_pairs) // 5)))
         judge, judge_accuracy = world.fit_reward(train, heldout, generator(seed, "judge"))
@@ -260,12 +263,15 @@ def make_task(world: World, seed: int, pooled: bool = False) -> Task:
     fitted: list[tuple[data.Scorer, tuple | None]] = [(world.given_reward, None)] * len(shards)
     if world.given_reward is None:
         sources = [everything] if s.reward == "shared" else shards
-        fitted = [
-            world.fit_reward(source.train, source.heldout, generator(seed, i, "reward model"), i)
-            for i, source in enumerate(sources)]
+        fitted = []
+        for i, source in enumerate(sources):
+            say(f"seed {seed}: fitting reward model {i + 1} of {len(sources)}")
+            stream = generator(seed, i, "reward model")
+            fitted.append(world.fit_reward(source.train, source.heldout, stream, i))
         fitted *= len(shards) // len(fitted)  # a shared model serves every agent
 
     # 3. Scores become comparable: mean 0, std 1 on the initial policy's responses to its prompts.
+    say(f"seed {seed}: sampling, to normalise rewards")
     samples = []
     for i, shard in enumerate(shards):
         stream = generator(seed, i, "normalisation")

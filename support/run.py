@@ -31,6 +31,8 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
     length, ended    tokens per response, EOS included; share of responses with EOS
     bytes            received by this agent at exchanges so far
     seconds          of this update alone
+    wall             seconds on the clock since the line before: the update and what came with it,
+                     exchange and judging; on the first line, since the mode's training began
     approx_kl        k3 of KL(rollout policy||current policy) per token, mean over gradient steps
     grad_norm        before clipping, mean over gradient steps
     lr, beta         used in this update
@@ -41,10 +43,7 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
                      `has no finite log-probs` (`here`: on this agent's prompts), `has another
                      shape`, `the average has no finite log-probs`
 
-summary.json has per mode and seed: judge_initial, judge_final and judge_own_final (means over
-agents), judge_auc (mean height of the judge's curve over updates), reward_final (own reward over
-the last round), worst_agent_final, incomplete_exchanges, and seconds and bytes summed over agents;
-the means over seeds; and paired differences from `isolated` where a run has it.
+summary.json is explained in plot.summarise.
 """
 
 import contextlib
@@ -70,13 +69,13 @@ from tqdm import tqdm
 import plot
 from data import UserError
 from support import load
-from support.settings import Settings, show, to_resume
+from support.settings import Settings, as_flags, show, to_resume
 
 KEYS = ("mode", "seed", "agent", "round", "update", "judge", "judge_own", "episodes", "reward",
         "kl", "kl_initial", "entropy", "policy_loss", "value_loss", "clipfrac", "length", "ended",
-        "bytes", "seconds", "value_clipfrac", "approx_kl", "grad_norm", "lr", "beta",
+        "bytes", "seconds", "wall", "value_clipfrac", "approx_kl", "grad_norm", "lr", "beta",
         "reward_accuracy", "missed")
-COUNTED = ("episodes", "bytes", "seconds")  # 0, not null, where there is nothing yet
+COUNTED = ("episodes", "bytes", "seconds", "wall")  # 0, not null, where there is nothing yet
 ALARMS = {"reward": 10.0, "kl": 100.0, "kl_initial": 100.0}  # standard deviations; nats a response
 SECONDS_BETWEEN = 30.0  # two checkpoints: rounds that are shorter share one
 LARGE = 1e9  # bytes: the size of such a checkpoint is said
@@ -87,31 +86,33 @@ LARGE = 1e9  # bytes: the size of such a checkpoint is said
 class Run:
     """A run's folder while it goes on; a context that says how to go on when it is stopped."""
 
-    def __init__(self, s: Settings, command, agents: dict[str, int], matrix: list[list[float]],
-                 deals: dict[int, list[dict]]):
-        """command: of support.settings; agents: how many each mode trains; deals: what each seed
-        deals to its agents. Raises UserError.
+    def __init__(self, s: Settings, command, modes: dict[str, dict], deals: dict[int, list[dict]]):
+        """command: of support.settings; modes: of each its own settings, the number of its agents
+        and W; deals: what each seed deals to its agents. Raises UserError.
         """
-        self.settings, self.agents = s, agents
+        writer = tensorboard() if command.tensorboard else None
+        self.settings = s
+        self.agents = {mode: values["agents"] for mode, values in modes.items()}
         self.rows: list[dict] = []
         self.samples: dict[str, list[dict]] = {}
         self.last: dict = {"rows": 0}  # the checkpoint that a resumed run goes on from
         self.fingerprints: dict[str, dict] = {}  # task -> some scores of its models, and where
         self.saved_at = time.monotonic()  # when the last checkpoint was written
         self.warned: set[tuple] = set()  # warnings are given once
+        self.since = time.monotonic()  # when the last line was written, or training began
         self.resumed = bool(command.resume)
         self.folder = Path(command.resume) if command.resume else new_folder(s)
         config = self.folder / "config.json"
         try:
             if not self.resumed:
-                content = describe(s, command.reason, matrix, deals)
+                content = describe(s, command.reason, modes, deals)
                 write_text(config, json.dumps(content, indent=2) + "\n")
             self.lock = lock(config)
             if self.resumed:
                 then = json.loads(config.read_text(encoding="utf-8"))
-                if then.get("matrix") != matrix:
-                    raise UserError(f"--resume {self.folder}: {s.topology} is no longer the matrix "
-                                    "that the run was started with")
+                if then.get("modes") != json.loads(json.dumps(modes)):
+                    raise UserError(f"--resume {self.folder}: the modes no longer have the "
+                                    "settings, or the matrix, that the run was started with")
                 if then.get("deals") != json.loads(json.dumps(deals)):
                     raise UserError(f"--resume {self.folder}: {s.dataset} no longer gives the "
                                     "agents what the run was started with")
@@ -122,18 +123,20 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)  # it was empty
             raise UserError(f"{config}: {error.strerror or error}; start again, with room or "
                             "another --out") from None
+        self.writer, self.board = writer, None  # of event files; made when there is a line
         self.metrics = None  # metrics.jsonl, open to append: see `lines`
-        updates = sum(agents[mode] for mode in s.mode) * len(s.seeds) * s.rounds * s.updates
+        updates = sum(self.agents[mode] for mode in s.mode) * len(s.seeds) * s.rounds * s.updates
         done = sum(row["update"] > 0 for row in self.rows)
+        tqdm.write(f"run {self.folder}: python plot.py {self.folder} draws it while it goes on")
         self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True,
-                        smoothing=0.1)
+                        smoothing=0.1, disable=command.quiet)
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         """Close the files. What stopped the run is told with the way to go on."""
-        for file in (self.bar, self.metrics, self.lock):
+        for file in (self.bar, self.metrics, self.lock, self.board):
             if file is not None:
                 with contextlib.suppress(OSError):  # what a full disk left to be written
                     file.close()
@@ -170,10 +173,14 @@ class Run:
             when = "after" if update else "before"
             self.samples[f"{mode} {seed} {agent} {when}"] = samples
         row = {key: row.get(key, 0 if key in COUNTED else None) for key in KEYS}
+        now = time.monotonic()
+        row["wall"], self.since = now - self.since, now
         file = self.lines()
         file.write(json.dumps(row) + "\n")
         file.flush()
         self.rows.append(row)
+        if self.writer:
+            self.to_board()
         self.warn(row)
         if update:
             self.bar.update()
@@ -191,6 +198,18 @@ class Run:
             write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
             self.metrics = path.open("a", encoding="utf-8")
         return self.metrics
+
+    def to_board(self) -> None:
+        """The last line to TensorBoard; with the first, those that a resumed run has already."""
+        rows = self.rows[-1:] if self.board else self.rows
+        if not self.board:
+            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+            self.board = self.writer(self.folder / "tensorboard")
+        for row in rows:
+            who = "{mode}-seed{seed}-agent{agent}".format(**row)
+            for key in KEYS[5:]:
+                if isinstance(row[key], int | float):
+                    self.board.add_scalar(f"{who}/{key}", row[key], row["update"])
 
     def warn(self, row: dict) -> None:
         """Say once what a line shows to go wrong."""
@@ -240,8 +259,12 @@ class Run:
         going_on = (self.last.get("seed"), self.last.get("mode")) == (seed, mode)
         return complete and not (going_on and self.last["state"])
 
-    def state_of(self, seed: int, mode: str) -> dict | None:
-        """What fedppo.train goes on from, if the last checkpoint is of this arm: given once."""
+    def begin(self, seed: int, mode: str) -> dict | None:
+        """The arm's training begins now -> what fedppo.train goes on from, if the last checkpoint
+        is of this arm: given once."""
+        self.bar.unpause()  # the time left is that of training, without what prepares it
+        self.bar.set_description(f"{mode} seed {seed}")
+        self.since = time.monotonic()
         if (self.last.get("seed"), self.last.get("mode")) != (seed, mode):
             return None
         state, self.last = self.last["state"], {"rows": 0}
@@ -305,7 +328,9 @@ class Run:
             folder = self.folder / "agents" / f"{mode}-seed{seed}-agent{index}"
             save_agent(folder, model, tokenizer, forbidden, s)
             base = s.model[index % len(s.model)]
-            card = model_card(f"Agent {index}, {mode}, seed {seed}", s, base)
+            rows = [row for row in self.rows
+                    if (row["mode"], row["seed"], row["agent"]) == (mode, seed, index)]
+            card = model_card(f"Agent {index}, {mode}, seed {seed}", s, base, rows)
             write_text(folder / "README.md", card)
         self.checkpoint(seed, mode, None)
 
@@ -320,8 +345,14 @@ class Run:
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         for file in self.folder.glob("checkpoint-*"):  # damaged ones too: nothing needs them now
             file.unlink()
-        return (f"{plot.table(summary)}\n\npicture   {picture}\n"
-                f"samples   {self.folder / 'samples.md'}\nagents    {self.folder / 'agents'}")
+        lines = [plot.table(summary), "", f"picture   {picture}",
+                 f"samples   {self.folder / 'samples.md'}", f"agents    {self.folder / 'agents'}"]
+        s = self.settings
+        if "isolated" not in s.mode:
+            modes = ["isolated", *s.mode, *(["fedavg"] if len(s.model) == 1 else [])]
+            again = ["python", "fedppo.py", *as_flags(s), "--mode", *dict.fromkeys(modes)]
+            lines.append(f"baselines {shlex.join(again)}")
+        return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -404,6 +435,16 @@ def lock(path: Path):
     return file
 
 
+def tensorboard() -> type:
+    """The writer of event files, if there is one. Raises UserError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") \
+            from None
+    return SummaryWriter
+
+
 def new_folder(s: Settings) -> Path:
     """The run's own empty folder. Raises UserError."""
     name = s.name or f"{'-'.join(s.mode)}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -420,7 +461,7 @@ def new_folder(s: Settings) -> Path:
     return folder
 
 
-def describe(s: Settings, reason: str, matrix: list[list[float]], deals: dict) -> dict:
+def describe(s: Settings, reason: str, modes: dict[str, dict], deals: dict) -> dict:
     """config.json: what ran, on what, and why this preset."""
     commit = None  # no git, or not a checkout of its own
     if (load.HOME / ".git").exists() and shutil.which("git"):
@@ -435,7 +476,7 @@ def describe(s: Settings, reason: str, matrix: list[list[float]], deals: dict) -
             versions[package] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"settings": dataclasses.asdict(s), "preset": {"choice": s.preset, "reason": reason},
-            "matrix": matrix, "deals": deals, "commit": commit,
+            "modes": modes, "deals": deals, "commit": commit,
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": versions,
             "hardware": {"machine": platform.machine(), "system": platform.system(),
                          "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}}
@@ -458,38 +499,70 @@ def save_agent(folder: Path, model, tokenizer, forbidden: torch.Tensor, s: Setti
     tokenizer.save_pretrained(folder)
 
 
-def model_card(title: str, s: Settings, base: str) -> str:
-    """README.md of an agent's folder; s: the settings of its mode; base: its model."""
-    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}\n\n"
-            f"A policy trained by Federated PPO from `{base}` on `{show(s.dataset)}`: "
-            f"{s.rounds} rounds of {s.updates} updates, rule `{s.rule}`, beta {s.beta:g}. All "
-            "settings stand in the run's config.json.\n\n```python\nfrom transformers import "
-            'pipeline\n\ngenerate = pipeline("text-generation", "PATH OF THIS FOLDER")\n```\n\n'
-            "Trained against a reward model of limited accuracy; it can have learned that model's "
-            "errors. A policy can leak what it has memorised of its agent's data.\n")
+def model_card(title: str, s: Settings, base: str, rows: list[dict]) -> str:
+    """README.md of an agent's folder; s: the settings of its mode; base: its model; rows: its own
+    lines of metrics, the first of which is from before training."""
+    before, after = rows[0], rows[-1]
+    measured = [["", "before", "after"]]
+    for name, key in (("judge's score on held-out prompts", "judge"),
+                      ("the same, on its own splits", "judge_own"),
+                      ("own reward (z-score), of the last rollout", "reward"),
+                      ("KL to the initial policy, nats per response, of it", "kl_initial")):
+        if after[key] is not None:
+            measured.append([name, *("–" if row[key] is None else f"{row[key]:.2f}"
+                                     for row in (before, after))])
+    accuracy = before["reward_accuracy"]
+    known = "" if accuracy is None else (
+        f"Its reward model is right on {accuracy:.0%} of held-out pairs. ")
+    judged = "" if s.judge == "none" else f"The judge is `{show(s.judge)}`." if (
+        s.judge == s.reward) else f"The judge, `{show(s.judge)}`, took no part in training."
+    settings = {name: show(value) for name, value in dataclasses.asdict(s).items()
+                if name not in ("mode", "seeds", "out", "name", "device", "threads")}
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
+        f"# {title}", "",
+        f"A policy trained by Federated PPO from `{base}` on `{show(s.dataset)}`: {s.rounds} "
+        f"round(s) of {s.updates} update(s). {known}{judged}", "",
+        *markdown_table(measured[0], measured[1:]), "", "```python",
+        "from transformers import pipeline", "",
+        'generate = pipeline("text-generation", "PATH OF THIS FOLDER")', "```", "",
+        "It can have learned its reward model's errors, and can leak what it has memorised of its "
+        "agent's data. The last rollout is of the policy before its last update.", "",
+        "<details><summary>All settings</summary>", "",
+        *markdown_table(["setting", "value"], [[name, f"`{value}`"] for name, value in
+                                               settings.items()]), "", "</details>", ""])
 
 
 def samples_page(samples: dict[str, list[dict]], s: Settings) -> str:
-    """samples.md: for the first seed, the same prompts before and after, per mode and agent."""
-    lines = ["# The same prompts before and after training", "",
-             f"Seed {s.seeds[0]}, sampled at temperature {s.temperature:g}. ⏹ marks a response "
-             "that ended by itself; a number is the judge's score.", ""]
-    for name, before in samples.items():
+    """samples.md: for the first seed, a row per prompt, a column per mode and agent."""
+    columns: dict[str, list[dict]] = {}
+    for name, answers in samples.items():
         mode, seed, agent, when = name.split()
-        if when != "before" or int(seed) != s.seeds[0]:
+        if int(seed) != s.seeds[0]:
             continue
-        lines += [f"## {mode}, agent {agent}", "", "| prompt | before | after |", "|---|---|---|"]
-        after = samples[f"{mode} {seed} {agent} after"]
-        for old, new in zip(before, after, strict=True):
-            cells = [" ".join(str(new["prompt"]).split()), sample_cell(old), sample_cell(new)]
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+        base = s.model[int(agent) % len(s.model)]
+        before = "before" if len(s.model) == 1 else f"before, {base}"
+        columns.setdefault(before if when == "before" else f"{mode}, agent {agent}", answers)
+    columns = dict(sorted(columns.items(), key=lambda column: not column[0].startswith("before")))
+    rows = [[answers[n]["prompt"] for answers in list(columns.values())[:1]] +
+            [sample_cell(answers[n]) for answers in columns.values()]
+            for n in range(len(next(iter(columns.values()))))]
+    return "\n".join(["# The same prompts before and after training", "",
+                      f"Seed {s.seeds[0]}, sampled at temperature {s.temperature:g}. ⏹ marks a "
+                      "response that ended by itself; a number is the judge's score.", "",
+                      *markdown_table(["prompt", *columns], rows), ""])
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table; a cell may hold any text."""
+    cells = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |"
+            for row in cells]
 
 
 def sample_cell(sample: dict) -> str:
     score = "" if sample["judge"] is None else f" **{sample['judge']:.2f}**"
-    return f"{' '.join(sample['response'].split())}{' ⏹' if sample['ended'] else ''}{score}"
+    return f"{sample['response']}{' ⏹' if sample['ended'] else ''}{score}"
 
 
 # ------------------------------------------------------------------------------------- the process

@@ -4,10 +4,10 @@ In reading order
     1. Settings    one frozen dataclass; each field has its help, unit and the presets' values
     2. parse       command line -> Command: the settings with the preset filled in
     3. checks      what cannot work is refused before anything is loaded, in one line
-    4. resuming    the settings of a run's folder, and the flags that continue it
+    4. files       the settings of a file or of a run's folder, and the flags that give them again
 
-A mode's row in fedppo.MODES comes on top of these (fedppo.arm_settings): its beta and learning rate
-where none are given by hand.
+A mode's row in fedppo.MODES comes on top of these (fedppo.arm_settings): its beta, learning rate,
+anchor and self_weight where none are given by hand.
 """
 
 import argparse
@@ -44,9 +44,10 @@ def setting(tiny, help: str, *, group: str, pythia=SAME, choices: tuple = ()):
 class Settings:
     """The settings of a run, by group; the defaults are the preset tiny's.
 
-    Sources: tiny from a prototype, with self_weight and reward_lr checked by measurement, and each
-    mode's beta and lr chosen by benchmarks/study.py; pythia-70m from OpenAI's 2019 style tasks
-    (1909.08593 and its code) and the last published TRL example, not measured here.
+    Sources: tiny from a prototype, with reward_lr checked by measurement, and each mode's beta, lr
+    and anchor chosen by benchmarks/tune.py for own prompts; pythia-70m from OpenAI's 2019 style
+    tasks (1909.08593 and its code) and the last published TRL example, with tiny's anchor, not
+    measured here.
     """
 
     agents: int = setting(4, "number of agents N", group="run")
@@ -117,19 +118,21 @@ class Settings:
     rounds: int = setting(10, "communication rounds", group="federation")
     updates: int = setting(4, "local PPO updates per round", group="federation")
     prompts: str = setting(
-        "own", "whose prompts an agent responds to: its own, or common: those of all agents, which "
-        "are then public, as texts without labels; preferences and reward models stay private",
+        "own", "whose prompts an agent responds to: its own, or common: those of all agents, "
+        "which are then public, as texts without labels; preferences and reward models stay "
+        "private",
         group="federation", choices=("own", "common"))
     rule: str = setting("geometric", "how references are combined (see kl.py)", group="federation",
                         choices=kl.RULES)
     topology: str = setting(
         "self", f"communication matrix of federated and merged: {', '.join(load.MATRICES)} or "
         "FILE.json (N rows of N weights, normalised by row)", group="federation")
-    self_weight: float = setting(
-        0.4, "weight of an agent's own reference in self, ring and star", group="federation")
-    anchor: float = setting(
-        0.0, "weight of the initial policy in every reference, 0 to 1; in classic it is 1",
-        group="federation")
+    self_weight: float | None = setting(
+        None, "weight of an agent's own reference in self, ring and star (default in tiny: the "
+        "mode's own)", pythia=0.4, group="federation")
+    anchor: float | None = setting(
+        None, "weight of the initial policy in every reference, 0 to 1; in classic it is 1 "
+        "(default in tiny: the mode's own)", pythia=0.1, group="federation")
     participation: float = setting(
         1.0, "probability that an agent takes part in an exchange; an absent one trains on, and "
         "neither sends nor receives", group="federation")
@@ -192,6 +195,8 @@ class Command:
     reason: str  # why this preset
     resume: str = ""  # the folder of an interrupted run to continue
     check: bool = False  # only the checks before training
+    quiet: bool = False  # no progress bar
+    tensorboard: bool = False  # metrics there too
 
 
 def parse(argv: list[str], modes: dict) -> Command:
@@ -199,7 +204,11 @@ def parse(argv: list[str], modes: dict) -> Command:
     given = vars(parser(modes).parse_args(argv))
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in given.items()}
-    resume, check_only = given.pop("resume", ""), given.pop("check", False)
+    command = {name: given.pop(name) for name in ("resume", "check", "quiet", "tensorboard")
+               if name in given}
+    if "config" in given:
+        given = from_file(given.pop("config"), given, modes) | given
+    resume = command.get("resume", "")
     for name in {"model", "dataset", "judge", "reward"} & given.keys():
         value = given[name]
         given[name] = tuple(map(users_own, value)) if name == "model" else users_own(value)
@@ -218,7 +227,7 @@ def parse(argv: list[str], modes: dict) -> Command:
             settings = dataclasses.replace(settings, response_eos=None)  # world.py decides
         settings = decided(settings)
     check(settings, modes)
-    return Command(settings, reason, resume, check_only)
+    return Command(settings, reason, **command)
 
 
 def users_own(path: str) -> str:
@@ -239,7 +248,8 @@ def parser(modes: dict) -> Parser:
     made = Parser(
         "fedppo.py", description="Federated PPO for RLHF: agents exchange policies, never data.",
         usage="python fedppo.py [--agents N] [--mode MODE ...] [flags below]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["modes:", *(f"  {name:<12} {row.help}" for name, row in modes.items())]))
     groups = {group: made.add_argument_group(group)
               for group in dict.fromkeys(field.metadata["group"] for field in FIELDS.values())}
     for name, field in FIELDS.items():
@@ -258,8 +268,14 @@ def parser(modes: dict) -> Parser:
         groups[field.metadata["group"]].add_argument(flag(name), help=text, **options)
     groups["run"].add_argument("--resume", metavar="RUN", help="continue an interrupted run: its "
                                "folder, and none of its settings")
-    groups["run"].add_argument("--check", action="store_true", help="only run the checks before "
-                               "training, on the first seed")
+    groups["run"].add_argument("--config", metavar="FILE.json", help="settings from a file: a "
+                               "run's config.json, or an object with some of the names here, "
+                               "written with _; flags win")
+    for name, help in {"check": "only run the checks before training, on the first seed",
+                       "quiet": "no progress bar, for logs",
+                       "tensorboard": "write the metrics for TensorBoard too, in the run's folder",
+                       }.items():
+        groups["run"].add_argument(flag(name), action="store_true", help=help)
     return made
 
 
@@ -307,7 +323,7 @@ def check(s: Settings, modes: dict) -> None:
         if getattr(s, name) is not None and not 0 < getattr(s, name) < float("inf"):
             raise UserError(f"{flag(name)} must be positive, not {getattr(s, name)}")
     for name in FRACTIONS:
-        if not 0 <= getattr(s, name) <= 1:
+        if getattr(s, name) is not None and not 0 <= getattr(s, name) <= 1:
             raise UserError(f"{flag(name)} must lie between 0 and 1, not {getattr(s, name)}")
     for name in NOT_NEGATIVE:
         if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
@@ -365,7 +381,7 @@ def check_places(s: Settings) -> None:
             raise UserError(f"{flag(name)} {path}: there is no such file or folder")
 
 
-# ---------------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------------------- files
 
 MOVABLE = ("device",)  # a run may go on elsewhere
 
@@ -382,19 +398,67 @@ def of_type(value, kind) -> bool:
     return type(value) is kind
 
 
+def checked(values: dict, modes: dict) -> dict:
+    """Settings as JSON has them -> as Settings has them. Raises ValueError."""
+    values = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in values.items()}
+    if unknown := values.keys() - FIELDS.keys():
+        raise ValueError(f"there is no setting {', '.join(sorted(unknown))}")
+    for name, value in values.items():
+        field = FIELDS[name]
+        allowed = tuple(modes) if name == "mode" else field.metadata["choices"]
+        found = value if name == "mode" else (value,)
+        if not of_type(value, field.type) or allowed and set(found) - set(allowed):
+            wanted = f"one of {', '.join(allowed)}" if allowed else getattr(
+                field.type, "__name__", str(field.type)).replace("tuple", "a list")
+            raise ValueError(f"{name} is {value!r}, and must be {wanted}")
+    return values
+
+
+def from_file(path: str, given: dict, modes: dict) -> dict:
+    """The settings that --config names, as flags would give them. Raises UserError.
+
+    given: by flags, which win. Of a run's config.json the name, and what was decided by the
+    machine, is left out.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        whole = "settings" in content
+        values = checked(content["settings"] if whole else content, modes)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--config {path}: {error}") from None
+    if not whole:
+        return values
+    for name in ("judge", "reward"):
+        if load.users_code(values.get(name, "")) and name not in given:
+            raise UserError(f"--config {path}: its {name} is the function {values[name]}; a run's "
+                            "folder is not trusted to name code, so give the flag")
+    return {name: value for name, value in values.items()
+            if name not in ("name", "device", "micro_batch")}  # decided anew
+
+
+def as_flags(s: Settings) -> list[str]:
+    """Flags that give these settings again, but for the modes and the run's name."""
+    flags = ["--preset", s.preset]
+    usual = decided(Settings(**(PRESETS[s.preset] | {"device": s.device})))
+    for name in [name for name in FIELDS if name not in ("preset", "mode", "name", "device")]:
+        value = getattr(s, name)
+        if value == getattr(usual, name):
+            continue
+        if isinstance(value, bool):
+            flags.append(flag(name) if value else flag("no_" + name))
+        else:
+            flags += [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
+    return flags
+
+
 def resumed(folder: str, given: dict, modes: dict) -> tuple[Settings, str]:
     """The settings of a run to continue; a flag that says otherwise is an error. -> (they, why)."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        values = {name: tuple(value) if isinstance(value, list) else value
-                  for name, value in config["settings"].items()}
+        values = checked(config["settings"], modes)
         if values.keys() != FIELDS.keys():
             raise ValueError("it has other settings")
-        for name, field in FIELDS.items():
-            allowed = tuple(modes) if name == "mode" else field.metadata["choices"]
-            found = values[name] if name == "mode" else (values[name],)
-            if not of_type(values[name], field.type) or allowed and set(found) - set(allowed):
-                raise ValueError(f"{name} is {values[name]!r}")
         settings = Settings(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume {folder}: no readable config.json of a run of this version "

@@ -32,7 +32,7 @@ def small_settings():
     """small_settings(**changes) -> the tiny preset, cut to a run of seconds."""
     tiny = settings.parse(["--preset", "tiny", "--device", "cpu"], fedppo.MODES).settings
     small = dataclasses.replace(tiny, agents=2, rounds=2, updates=1, batch=8, pairs=60,
-                                eval_prompts=8, reward_epochs=2)
+                                eval_prompts=8, reward_epochs=2, anchor=0.0, self_weight=0.4)
     return lambda **changes: dataclasses.replace(small, **changes)
 
 

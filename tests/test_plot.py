@@ -14,7 +14,7 @@ def row(mode, seed, agent, update, judge=None, reward=None, **more):
     """A line of metrics.jsonl with 2 updates per round; the update 0 is before the first round."""
     row = {"mode": mode, "seed": seed, "agent": agent, "round": (update + 1) // 2, "update": update}
     row |= {"judge": judge, "reward": reward, "kl_initial": 0.5 * update}
-    return row | {"seconds": 0.25, "bytes": 100 * update} | more
+    return row | {"wall": 0.25, "bytes": 100 * update} | more
 
 
 def agent_rows(mode, seed, agent, judge, reward):
@@ -182,7 +182,8 @@ def test_summary_by_hand():
         "updates": 4,
         "judge_initial": 0.25,  # (0 + 0.5) / 2
         "judge_final": 1.5,  # (2 + 1) / 2
-        "judge_own_final": None,  # no agent has a prompt of its own
+        "judge_own_initial": None, "judge_own_final": None,  # no agent has a prompt of its own
+        "kl_initial_final": 2.0,  # 0.5 * 4
         # agent 0: (2 * 0.5 + 2 * 1.5) / 4 = 1; agent 1: (2 * 0.5 + 2 * 0.75) / 4 = 0.625
         "judge_auc": 0.8125,
         "reward_final": 3.5,  # updates 3 and 4: (1 + 3) / 2 = 2 and (4 + 6) / 2 = 5
@@ -194,6 +195,7 @@ def test_summary_by_hand():
     # Agent 0 has prompts of its own splits, and its last score counts; agent 1 has none.
     own = [row | {"judge_own": row["update"] / 8 if row["agent"] == 0 else None} for row in rows]
     assert plot.summarise(own)["modes"]["isolated"]["mean"]["judge_own_final"] == 0.5
+    assert plot.summarise(own)["modes"]["isolated"]["mean"]["judge_own_initial"] == 0.0
     summary = plot.summarise(rows)
     isolated = {"seeds": {"0": expected}, "mean": expected}
     assert summary == {"modes": {"isolated": isolated}, "differences": {}}
@@ -230,7 +232,8 @@ def test_summary_does_not_average_unfinished_seeds_in():
     federated = summary["modes"]["federated"]
     assert [federated["seeds"][seed]["updates"] for seed in ("0", "1")] == [4, 3]
     assert federated["mean"] == federated["seeds"]["0"]
-    assert summary["differences"] == {}  # one pair is left
+    (found,) = summary["differences"].values()
+    assert found["each"] == pytest.approx([0.3]) and "mean" not in found, "one pair is left"
     entry = means(TWO_AGENTS[:-1])  # agent 1 lacks update 4, so it is cut for both
     assert (entry["updates"], entry["judge_final"], entry["reward_final"]) == (3, 0.75, 2.5)
 
@@ -239,33 +242,35 @@ def test_differences_of_every_mode_from_isolated_are_paired_by_seed():
     differences = plot.summarise(synthetic(4, modes=MODES))["differences"]
     assert list(differences) == [f"{mode} - isolated" for mode in MODES[1:]]
     for name, found in differences.items():
-        assert (found["key"], found["seeds"]) == ("judge_final", 4)
         gain = 0.3 if name.startswith("federated") else 0.0
+        assert found["key"] == "judge_final" and found["each"] == pytest.approx([gain] * 4)
         assert [found[key] for key in ("mean", "low", "high")] == pytest.approx([gain] * 3)
 
     lacking = ("isolated", 0), ("federated", 3)
     rows = [row for row in synthetic(4) if (row["mode"], row["seed"]) not in lacking]
-    assert plot.summarise(rows)["differences"]["federated - isolated"]["seeds"] == 2  # 1 and 2
-    unjudged = [row | {"judge": None} if row["seed"] else row for row in synthetic(2)]
-    for rows in (synthetic(1), synthetic(4, modes=("federated", "fedavg")), unjudged):
+    found = plot.summarise(rows)["differences"]["federated - isolated"]
+    assert len(found["each"]) == 2 and "mean" not in found, "seeds 1 and 2: too few for a band"
+    unjudged = [row | {"judge": None} for row in synthetic(2)]
+    for rows in (synthetic(4, modes=("federated", "fedavg")), unjudged):
         assert plot.summarise(rows)["differences"] == {}
 
 
 def test_table_shows_every_mode_in_at_most_100_columns():
-    rows = [row | {"bytes": 10**11, "seconds": 9999.0} for row in synthetic(8, modes=MODES)]
-    header, *lines = plot.table(plot.summarise(rows)).splitlines()
+    rows = [row | {"bytes": 10**9, "wall": 9999.0, "judge_own": row["judge"]}
+            for row in synthetic(8, modes=MODES)]
+    header, second, *lines = plot.table(plot.summarise(rows)).splitlines()
     modes, differences = lines[:6], lines[8:]
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, [header, second, *lines[:8]])) <= 80
     assert [line.split()[:2] for line in modes] == [[mode, "8"] for mode in MODES]
-    assert {len(line) for line in modes} == {len(header)}  # aligned
-    assert "0.00 -> 1.40" in modes[0] and "300000.0" in modes[0]
+    assert {len(line) for line in modes} == {len(header)} == {len(second)}  # aligned
+    assert modes[0].count("0.00 -> 1.40") == 2 and "3000.0" in modes[0]
     assert [line.split()[0] for line in differences] == [*MODES[1:]]
     assert len({line.index("judge after") for line in differences}) == 1  # aligned
     one = plot.table(plot.summarise(synthetic(8))).splitlines()[-1]
     assert one == ("federated - isolated, judge after: +0.30 [+0.30, +0.30] "
                    "(8 same-seed pairs, 95 % band)")
     few = plot.table(plot.summarise(synthetic(2, modes=MODES)))
-    assert "too narrow" in few and max(map(len, few.splitlines())) <= 100
+    assert "federated - isolated, " in few and few.count("+0.30, +0.30 (each seed)") == 1
     assert "- -> -" in plot.table(plot.summarise(synthetic(1, judged=False)))
 
 
@@ -366,6 +371,13 @@ def test_main_draws_and_prints(tmp_path, capsys, monkeypatch):
     assert plot.main(["a"]) == 0
     assert "federated - isolated" in capsys.readouterr().out
     assert (tmp_path / "a" / "curves.png").exists() and (tmp_path / "a" / "curves.svg").exists()
+    (tmp_path / "a" / "summary.json").write_text("{}")
+    stopped = [row for row in synthetic(2) if row["seed"] == 0 or row["update"] <= 3]
+    write_run(tmp_path / "c", stopped)
+    assert plot.main(["a", "c"]) == 0
+    printed = capsys.readouterr().out
+    assert "a\nmode" in printed
+    assert "c is not finished: federated, seed 1, is at update 3\n" in printed
     drawn = []
     monkeypatch.setattr(plot, "draw", lambda runs, out: drawn.append((runs, str(out))) or (out,))
     assert plot.main(["a", "b"]) == plot.main(["a", "b", "--out", "other.png"]) == 0

@@ -71,7 +71,7 @@ def metrics(folder):
 
 
 def timeless(folder):
-    return [row | {"seconds": None} for row in metrics(folder)]
+    return [row | {"seconds": None, "wall": None} for row in metrics(folder)]
 
 
 def weights(folder):
@@ -112,7 +112,7 @@ def check_folder(folder, agents=2, mode="federated"):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert sorted(weights(folder)) == [f"{mode}-seed0-agent{i}" for i in range(agents)]
     samples = (folder / "samples.md").read_text()
-    assert all(f"## {mode}, agent {i}" in samples for i in range(agents)) and "The " in samples
+    assert all(f"| {mode}, agent {i} |" in samples for i in range(agents)) and "The " in samples
     return config
 
 
@@ -308,6 +308,30 @@ def test_a_model_with_an_offset_passes_the_checks_and_trains(train, tmp_path, ca
     saved = AutoModelForCausalLM.from_pretrained(folder / "agents/federated-seed0-agent0")
     logits = saved(input_ids=torch.tensor([[5, 9, 7]])).logits[..., 2:320]
     assert logits.mean().item() == pytest.approx(offset if tied else 0, abs=3)
+
+
+def test_a_saved_agent_has_the_log_probs_of_training(train, small_model, monkeypatch):
+    ids, mask = torch.tensor([[0, 0, 5, 9, 7], [3, 4, 5, 6, 7]]), torch.ones(2, 5, dtype=torch.long)
+    mask[0, :2] = 0
+    known, update = {}, fedppo.Agent.update
+
+    def remembered(self, *args):
+        found = update(self, *args)
+        with torch.no_grad():
+            logits = self.policy(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        known[self.index] = logits.log_softmax(-1)[mask.bool()]
+        return found
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    monkeypatch.setattr(fedppo.Agent, "update", remembered)
+    folder = train("--model", small_model, "--judge", "none", "--lr", "1e-3")
+    for index, expected in known.items():
+        agent = folder / f"agents/federated-seed0-agent{index}"
+        saved = AutoModelForCausalLM.from_pretrained(agent)
+        with torch.no_grad():
+            logits = saved(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        logits[..., saved.generation_config.suppress_tokens] = -torch.inf  # as the sampler does
+        found = logits.log_softmax(-1)[mask.bool()]
+        assert torch.allclose(found, expected, atol=1e-5), index
 
 
 def test_a_run_needs_no_utf8_locale(small_model, tmp_path):

@@ -44,8 +44,9 @@ def outcome(folder):
     weights = {str(file.relative_to(folder)): file.read_bytes()
                for file in folder.glob("agents/*/model.safetensors")}
     assert weights and not [*folder.glob("checkpoint*"), *folder.glob("*.tmp")]
-    return {"rows": [row | {"seconds": None} for row in metrics(folder)], "summary": summary,
-            "weights": weights, "samples": (folder / "samples.md").read_text()}
+    rows = [row | {"seconds": None, "wall": None} for row in metrics(folder)]
+    return {"rows": rows, "summary": summary, "weights": weights,
+            "samples": (folder / "samples.md").read_text()}
 
 
 @pytest.fixture
@@ -413,10 +414,10 @@ def test_what_is_not_as_it_was_is_refused_in_one_line(stopped_in, unstopped, res
     content = json.loads(before["config.json"])
     changed = [{"settings": content["settings"] | one} for one in (
         {"gamma": 1.0}, {"lr": "x"}, {"device": 7}, {"mode": ["gossip"]})]
-    for changes in (*changed, {"settings": {"lr": 1}}, {"matrix": [[1.0, 0.0], [0.0, 1.0]]}):
+    for changes in (*changed, {"settings": {"lr": 1}}, {"modes": {"federated": {"lr": 1}}}):
         config.write_text(json.dumps(content | changes))
         line = resumed(folder, code=2)
-        assert "no longer the matrix" in line or "matrix" not in changes
+        assert "no longer have the settings" in line or "modes" not in changes
     config.write_bytes(before["config.json"])
     held = run.lock(config)
     assert "in use by a run that has not ended" in resumed(folder, code=2)

@@ -1,7 +1,12 @@
 """support/run.py and main: what a run's folder holds, what is said, and how it ends."""
 
+import dataclasses
 import json
 import re
+import shlex
+import sys
+import time
+import types
 
 import pytest
 import worlds
@@ -34,19 +39,26 @@ def test_five_modes_on_two_seeds_make_one_table(main):
     its own beta and learning rate."""
     folder, printed = main("--mode", *FIVE, "--seeds", "0", "1", "--rounds", "1",
                            "--judge", "heldout")
-    table = printed[printed.index("before -> after"):]
+    table = printed[printed.index("before, after"):]
     assert re.findall(r"^(\w+) +2 ", table, re.M) == list(FIVE)
     assert list(json.loads((folder / "summary.json").read_text())["modes"]) == list(FIVE)
     agents = {path.name: path for path in (folder / "agents").iterdir()}
     assert set(agents) == {f"{mode}-seed{seed}-agent{i}"
                            for mode in FIVE for seed in (0, 1) for i in (0, 1)}
-    headings = re.findall("^## (.*)", (folder / "samples.md").read_text(), re.M)
-    assert headings == [f"{mode}, agent {i}" for mode in FIVE for i in (0, 1)]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in
+            (folder / "samples.md").read_text().splitlines() if line.startswith("|")]
+    assert rows[0] == ["prompt", "before", *(f"{mode}, agent {i}" for mode in FIVE for i in (0, 1))]
+    assert [len(row) for row in rows] == [12] * (2 + 2), "a row per prompt"
     for mode in FIVE:
         card = (agents[f"{mode}-seed1-agent0"] / "README.md").read_text()
-        assert f"# Agent 0, {mode}, seed 1" in card and f"beta {MODES[mode].beta:g}" in card
+        assert f"# Agent 0, {mode}, seed 1" in card and f"| beta | `{MODES[mode].beta:g}` |" in card
         rule = "weights" if mode == "fedavg" else "geometric"
-        assert f"rule `{rule}`" in card
+        assert f"| rule | `{rule}` |" in card
+        before, *_, after = (row for row in metrics(folder) if (
+            row["mode"], row["seed"], row["agent"]) == (mode, 1, 0))
+        assert (f"| judge's score on held-out prompts | {before['judge']:.2f} | "
+                f"{after['judge']:.2f} |") in card
+        assert f"initial policy, nats per response, of it | – | {after['kl_initial']:.2f} |" in card
     rows = metrics(folder)
     assert all(set(row) == set(run.KEYS) for row in rows) and len(rows) == 5 * 2 * 2 * 2
     for row in rows:
@@ -60,13 +72,70 @@ def test_five_modes_on_two_seeds_make_one_table(main):
     assert not list(folder.glob("checkpoint*")) + list(folder.glob("*.tmp"))
 
 
+def test_a_run_without_isolated_says_the_command_that_compares(main):
+    folder, printed = main("--mode", "federated", "--anchor", "0.25")
+    said = re.search(r"^baselines python fedppo.py (.*)$", printed, re.M)[1]
+    config = json.loads((folder / "config.json").read_text())["settings"]
+    again = fedppo.parse(["--device", "cpu", *shlex.split(said)], MODES).settings
+    assert dataclasses.asdict(again) | {"mode": None, "name": None} == {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config.items()} | {"mode": None, "name": None}
+    assert again.mode == ("isolated", "federated", "fedavg")
+    folder, printed = main("--mode", "isolated", "--name", "alone")
+    assert "baselines" not in printed
+
+
+def test_quiet_is_without_a_bar_and_a_run_says_where_it_is(main):
+    folder, printed = main()
+    assert "update/s" in printed or "s/update" in printed
+    assert f"run {folder}: python plot.py {folder} draws it while it goes on" in printed
+    _, quiet = main("--quiet", "--name", "other")
+    assert "update/s" not in quiet and "s/update" not in quiet and "judge's score" in quiet
+
+
+def test_wall_seconds_are_those_on_the_clock(main):
+    started = time.monotonic()
+    folder, _ = main()
+    elapsed, rows = time.monotonic() - started, metrics(folder)
+    assert all(row["wall"] >= row["seconds"] for row in rows)
+    assert 0 < sum(row["wall"] for row in rows) < elapsed
+    mean = json.loads((folder / "summary.json").read_text())["modes"]["federated"]["mean"]
+    assert mean["seconds"] == pytest.approx(sum(row["wall"] for row in rows))
+
+
+def test_tensorboard_gets_the_same_keys_or_says_what_it_needs(main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    _, printed = main("--tensorboard", code=2)
+    assert printed.count("error: --tensorboard needs the package tensorboard") == 1
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def close(self):
+            written.append("closed")
+    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    folder, _ = main("--tensorboard")
+    rows = metrics(folder)
+    assert written.pop() == "closed"
+    assert {(f"federated-seed0-agent{row['agent']}/{key}", row[key], row["update"])
+            for row in rows for key in ("kl", "beta", "reward") if row["update"]} <= set(written)
+    assert not any(value is None for _, value, _ in written)
+
+
 def test_a_mode_of_ones_own_runs_under_its_name(main, monkeypatch):
     monkeypatch.setitem(MODES, "gossip", Mode("ring", "arithmetic", True, 0.25, 0.125, 1e-3))
     folder, printed = main("--mode", "gossip", "--rounds", "1")
     assert re.search(r"^gossip +1 ", printed, re.M)
     card = (folder / "agents" / "gossip-seed0-agent0" / "README.md").read_text()
-    assert "# Agent 0, gossip, seed 0" in card and "rule `arithmetic`, beta 0.125" in card
-    assert "## gossip, agent 0" in (folder / "samples.md").read_text()
+    assert "# Agent 0, gossip, seed 0" in card and "| rule | `arithmetic` |" in card
+    assert "| beta | `0.125` |" in card
+    assert "| gossip, agent 0 |" in (folder / "samples.md").read_text()
     assert metrics(folder)[-1]["lr"] == 1e-3
 
 

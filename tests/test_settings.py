@@ -105,22 +105,79 @@ def test_one_preset_can_be_turned_into_the_other_flag_by_flag(preset, source):
                                                else value)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_can_be_said_as_flags_again(preset):
+    first = parse("--preset", preset, "--mode", "isolated", "merged")
+    some = [dataclasses.replace(first, **{name: OTHER[name]})
+            for name in ("seeds", "model", "beta", "micro_batch", "split_column", "prompts")]
+    some += [dataclasses.replace(first, response_eos=not first.response_eos), first]
+    for s in some:
+        again = parse(*settings.as_flags(s), "--mode", *s.mode)
+        assert again == s, settings.as_flags(s)
+    assert settings.as_flags(first) == ["--preset", preset]
+
+
+def test_settings_come_from_a_file_too(tmp_path, capsys):
+    """Part of them, or a run's config.json; flags win, and the run's name stays its own."""
+    file = tmp_path / "mine.json"
+
+    def parsed(content, *flags):
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        return parse("--config", file, "--preset", "tiny", *flags)
+    assert parsed({"mode": ["isolated"], "rounds": 3, "beta": None}) == \
+        parse("--preset", "tiny", "--mode", "isolated", "--rounds", "3")
+    assert parsed({"rounds": 3, "lr": 0.25}, "--rounds", "5").rounds == 5
+    s = parse("--preset", "tiny", "--name", "first", "--anchor", "0.25", "--seeds", "1", "2")
+    theirs = dataclasses.asdict(s) | {"device": "cuda", "micro_batch": 999}  # of another machine
+    assert parsed({"settings": theirs, "date": "today"}) == dataclasses.replace(s, name="")
+    for name in ("judge", "reward"):  # a folder is not trusted to name code
+        theirs = {"settings": dataclasses.asdict(s) | {name: "evil.py:f"}}
+        with pytest.raises(settings.UserError, match=f"its {name} is the function evil.py:f"):
+            parsed(theirs)
+        assert getattr(parsed(theirs, flag(name), "mine.py:f"), name) == "mine.py:f"
+    for content, word in (('{"rounds": "3"}', "rounds is '3', and must be int"),
+                          ('{"seeds": 3}', "must be a list"), ('{"mode": ["good"]}', "good"),
+                          ('{"round": 3}', "there is no setting round"), ("[1]", "--config"),
+                          ("{", "--config"), ('{"rule": "best"}', "rule is 'best'")):
+        with pytest.raises(settings.UserError, match=word):
+            parsed(content)
+    assert fedppo.main(["--config", str(tmp_path / "nowhere.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_help_says_what_each_mode_is(capsys):
+    with pytest.raises(SystemExit):
+        fedppo.main(["--help"])
+    printed = capsys.readouterr().out
+    for name, mode in MODES.items():
+        assert mode.help and f"\n  {name:<12} {mode.help}\n" in printed
+
+
 def test_beta_and_lr_are_each_modes_own_unless_given_by_hand():
-    """In tiny as chosen by benchmarks/study.py; in pythia-70m they are the preset's for all."""
+    """In tiny as chosen by benchmarks/tune.py; in pythia-70m they are the preset's for all."""
     chosen = json.loads((HOME / "benchmarks" / "results" / "chosen.json").read_text())
 
     def arms(*flags):
         found = parse("--mode", *MODES, *flags)
         arms = {mode: fedppo.arm_settings(found, mode) for mode in found.mode}
-        return {mode: (arm.beta, arm.lr) for mode, arm in arms.items()}
-    own = arms("--preset", "tiny")
+        return {mode: (arm.beta, arm.lr, arm.anchor, arm.self_weight)
+                for mode, arm in arms.items()}
+    own, prompts = arms("--preset", "tiny"), PRESETS["tiny"]["prompts"]
     assert set(own) == {*MODES} and own["classic"] != own["isolated"]
-    for mode, pair in own.items():
-        assert pair == (MODES[mode].beta, MODES[mode].lr)
-        assert pair == (chosen[mode]["beta"], chosen[mode]["lr"]), "retuned: change both"
-    assert set(arms("--preset", "pythia-70m").values()) == {(0.05, 1e-5)}
-    assert set(arms("--preset", "tiny", "--beta", 0, "--lr", 0.3).values()) == {(0.0, 0.3)}
-    assert arms("--preset", "tiny", "--beta", 2)["merged"] == (2.0, MODES["merged"].lr)
+    for mode, values in own.items():
+        assert values == (MODES[mode].beta, MODES[mode].lr, MODES[mode].anchor,
+                          MODES[mode].self_weight)
+        name = "common" if mode == "centralized" else prompts  # the same to it
+        tuned = chosen[f"{mode}, {name} prompts"]["settings"]
+        assert values == (tuned["beta"], tuned["lr"], tuned.get("anchor", 1),
+                          tuned.get("self_weight", 0.4)), "change both"
+    alone = {"classic": 1}  # whose reference is the initial policy, whatever is said
+    given = "--beta", 0, "--lr", 0.3, "--anchor", 0, "--self-weight", 0.5
+    for flags, beta, lr, anchor, weight in (
+            (("--preset", "pythia-70m"), 0.05, 1e-5, 0.1, 0.4), (given, 0.0, 0.3, 0.0, 0.5)):
+        assert arms("--preset", "tiny", *flags) == {
+            mode: (beta, lr, alone.get(mode, anchor), weight) for mode in MODES}
+    assert arms("--preset", "tiny", "--beta", 2)["merged"][:2] == (2.0, MODES["merged"].lr)
 
 
 @pytest.fixture
