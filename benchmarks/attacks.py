@@ -5,8 +5,7 @@
 
 In reading order
     1. attacks       what a bad agent sends in place of its policy; it trains on as if honest
-    2. jobs          attack x rule x defence x seed, at the settings that study.py chose for the arm
-                     without attacks
+    2. jobs          attack x rule x defence x seed, own prompts, 40 updates
     3. one run       study.train with the first agents replaced -> one row of results/attacks.csv
     4. tables        results/attacks.md
 
@@ -85,43 +84,50 @@ ATTACKS: dict[str, type[fedppo.Agent]] = {
 
 # ------------------------------------------------------------------------------------------- jobs
 
-ARMS = ("federated", "federated arithmetic", "federated weights", "merged")
+ALONE = "--mode isolated --beta 0.5 --lr 0.0005"
+ARMS = {  # beta and lr were tuned on study.TUNING seeds for own prompts without an anchor
+    "federated": "--mode federated --topology self --beta 0.25 --lr 0.0005",
+    "federated arithmetic": "--mode federated --topology self --rule arithmetic --beta 0.12 "
+                            "--lr 0.0005",
+    "federated weights": "--mode federated --topology self --rule weights --beta 0.12 --lr 0.0005",
+    "merged": "--mode merged --topology self --beta 0.5 --lr 0.001",
+}
 CROWD_ARMS = ("federated", "merged")  # 8 agents cost twice as much
 FACTORS = (1.5, 2.0, 3.0)  # of --outlier
 FACTOR = 1.5  # chosen among them: the highest mean score of the honest agents (attacks.md)
-SEEDS = study.REPORTED[:5]  # the fewest for which a band covers what it says
+SEEDS = range(1000, 1005)  # the fewest for which a band covers what it says
 
 
-def job(arm: str, attack: str, bad: int, seed: int, outlier: float, chosen: dict) -> Job:
+def job(arm: str, attack: str, bad: int, seed: int, outlier: float) -> Job:
     """bad: how many agents, the first ones of 4 or, if they are two, of 8."""
-    flags = study.chosen_job(chosen, arm, "headline", seed).flags
+    flags = f"{ARMS.get(arm, ALONE)} --prompts own --anchor 0 --rounds 10"
     flags += " --agents 8" if bad == 2 else ""
     flags += f" --outlier {outlier:g}" if outlier else ""
     return Job(f"{arm}, defended" if outlier else arm, f"{attack}, {bad} of {4 * bad}", seed, flags)
 
 
-def jobs(chosen: dict) -> list[Job]:
+def jobs() -> list[Job]:
     """Seed by seed, so that an interrupted study has whole ones."""
     wanted = []
     for bad, arms in ((1, ARMS), (2, CROWD_ARMS)):
         for seed in SEEDS:
-            wanted.append(job("isolated", "none", bad, seed, 0, chosen))
-            wanted += [job(arm, attack, bad, seed, outlier, chosen)
+            wanted.append(job("isolated", "none", bad, seed, 0))
+            wanted += [job(arm, attack, bad, seed, outlier)
                        for arm in arms for attack in ATTACKS for outlier in (0, FACTOR)]
     return wanted
 
 
-def tuning_jobs(chosen: dict) -> list[Job]:
+def tuning_jobs() -> list[Job]:
     """Factors of --outlier, without an attack and under each, on seeds that the table does not
     use."""
-    return [job(arm, attack, 1, seed, factor, chosen) for seed in study.TUNING
+    return [job(arm, attack, 1, seed, factor) for seed in study.TUNING
             for factor in FACTORS for attack in ATTACKS for arm in CROWD_ARMS]
 
 
 # ---------------------------------------------------------------------------------------- one run
 
-COLUMNS = ("arm", "regime", "seed", "settings", "judge_final", "judge_auc", "worst_agent",
-           "own_topics", "caught", "wronged", "seconds", "judge_agents", "judge_curve")
+COLUMNS = ("arm", "regime", "seed", "settings", "judge_final", "worst_agent", "own_topics",
+           "caught", "wronged", "seconds", "judge_curve")
 
 
 def run(one: Job) -> dict:
@@ -248,8 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     os.chdir(HERE.parent)  # the flags name files of the repository
     path = HERE / "results/attacks.csv"
-    chosen = study.read(HERE / "results/chosen.json")
-    wanted = tuning_jobs(chosen) if options.tune else jobs(chosen)
+    wanted = tuning_jobs() if options.tune else jobs()
     study.complete(path, wanted, "attacks", options.processes, run, COLUMNS)
     text = tables(study.load(path))
     path.with_suffix(".md").write_text(text, encoding="utf-8")

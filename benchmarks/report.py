@@ -1,4 +1,4 @@
-"""The tables and pictures of the study, from study.csv and again.csv alone.
+"""The tables and pictures of the study, from study.csv alone.
 
     python benchmarks/report.py [FOLDER]   default: benchmarks/results; study.py calls it at its end
 
@@ -6,18 +6,18 @@ In reading order
     1. statistics        probability_of_improvement, updates_to, median_updates
     2. cells             the seeds of one arm in one regime
     3. tables            tables.md: what is quoted elsewhere, and a test compares
-    4. pictures          curves, forest and bytes, as .png and .svg
+    4. pictures          curves, mixed and forest, as .png and .svg
 
 Levels are interquartile means over seeds, differences means over same-seed pairs with a 95 %
 bootstrap band (plot.py).
 
-Dimension key: S seeds, U evaluated updates.
+Dimension key: S seeds, U evaluated updates, N agents.
 """
 
 import csv
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,17 +27,18 @@ import numpy as np  # noqa: E402
 
 import plot  # noqa: E402
 
-BASELINES = ("isolated", "classic", "fedavg")  # with the same budget per agent as SUBJECTS
-SUBJECTS = ("federated", "merged")
 IN_SHORT = {  # of the README's first screen
-    "isolated": "alone; KL to its own last copy",
+    "isolated": "alone; KL to its own last copy, anchored",
     "classic": "alone; KL to the initial policy",
     "federated": "KL to all policies received",
     "merged": "the same, and weights are averaged",
     "fedavg": "weights are averaged, KL to the average",
 }
-ELSEWHERE = 8  # seeds of a regime; the headline's first ones stand beside them
-STAGES = {"reported": range(1000, 1100), "confirm": range(3000, 3100)}  # told by their seeds
+HEADLINES = ("own prompts", "common prompts")
+ELSEWHERE = 8  # seeds of the other regimes
+STAGES = {"reported": range(1100, 1200), "confirm": range(4000, 4100)}  # told by their seeds
+HALF, ALL = "after 40 updates", "after 80"  # the columns judge_half and judge_final, in words
+SMALL, LARGE = (0, 2), (1, 3)  # agents of tiny/model and of tiny/model-96x3 with mixed sizes
 
 # ------------------------------------------------------------------------------------- statistics
 
@@ -80,12 +81,16 @@ def join(numbers: Iterable[float]) -> str:
     return " ".join(f"{number:.4g}" for number in numbers)
 
 
+def split(text: str) -> np.ndarray:
+    """The numbers of such a cell, [U]."""
+    return np.array([float(value) for value in text.split()])
+
+
 class Study:
     """The rows of study.csv by arm, regime and stage. Diverged runs, without scores, are apart."""
 
-    def __init__(self, folder: Path, name: str = "study.csv"):
-        self.folder = folder
-        with (folder / name).open(newline="", encoding="utf-8") as file:
+    def __init__(self, folder: Path):
+        with (folder / "study.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         self.rows = [row for row in rows if row["judge_final"]]
         self.diverged = [row for row in rows if not row["judge_final"]]
@@ -93,42 +98,66 @@ class Study:
         self.regimes = list(dict.fromkeys(row["regime"] for row in self.rows))
 
     def cell(self, arm: str, regime: str, stage: str) -> dict[int, dict]:
-        """{seed: row}, seeds ascending. Raises ValueError if a seed was run with two settings."""
+        """{seed: row}, seeds ascending; `centralized` and DPO, to which it is the same whose the
+        prompts are, stand in both headlines.
+
+        Raises ValueError if a seed was run with two settings.
+        """
         found: dict[int, dict] = {}
+        regimes = (regime, "pairs alone") if regime in HEADLINES else (regime,)
+        regimes += ("common prompts",) if (arm, regime) == ("centralized", "own prompts") else ()
         for row in self.rows:
             seed = int(row["seed"])
-            if (row["arm"], row["regime"]) == (arm, regime) and seed in STAGES[stage]:
+            if row["arm"] == arm and row["regime"] in regimes and seed in STAGES[stage]:
                 if seed in found:
                     raise ValueError(f"{arm}, {regime}, seed {seed} stands twice: remove the rows "
                                      "of old settings")
                 found[seed] = row
         return dict(sorted(found.items()))
 
-    def headline_arms(self, stage: str) -> list[str]:
-        """The arms with two or more seeds in the headline, without those of PENALTY_ARMS."""
+    def has(self, regime: str, stage: str) -> list[str]:
+        """The arms with two or more seeds there, variants apart."""
         return [arm for arm in self.arms
-                if len(self.cell(arm, "headline", stage)) > 1 and "," not in arm]
+                if len(self.cell(arm, regime, stage)) > 1 and "," not in arm]
 
-    def values(self, arm: str, regime: str, stage: str, column: str = "judge_final") -> np.ndarray:
-        """[S] a column's numbers."""
-        return np.array([float(row[column]) for row in self.cell(arm, regime, stage).values()])
+    def values(self, arm: str, regime: str, stage: str, column: str | Callable) -> np.ndarray:
+        """[S] a column's numbers, or what a function makes of each row."""
+        of = column if callable(column) else lambda row: float(row[column])
+        return np.array([of(row) for row in self.cell(arm, regime, stage).values()])
 
-    def pairs(self, a: str, b: str, regime: str, stage: str,
-              column: str = "judge_final") -> np.ndarray:
+    def pairs(self, a: str, b: str, regime: str, stage: str, column: str | Callable) -> np.ndarray:
         """[2, S] a column of two arms on the seeds that both have."""
+        of = column if callable(column) else lambda row: float(row[column])
         first, second = self.cell(a, regime, stage), self.cell(b, regime, stage)
         seeds = [seed for seed in first if seed in second]
-        return np.array([[float(cell[seed][column]) for seed in seeds] for cell in (first, second)])
+        return np.array([[of(cell[seed]) for seed in seeds] for cell in (first, second)])
 
 
-def curve(row: dict, column: str = "judge_curve") -> tuple[np.ndarray, np.ndarray]:
-    """(updates [U], values [U]): the judge's after every round from update 0 on, the own reward of
-    every update."""
-    values = np.array([float(value) for value in row[column].split()])
-    if column == "judge_curve":
-        updates = len(row["reward_curve"].split())
-        return np.linspace(0, updates, len(values)).astype(int), values
-    return np.arange(1, len(values) + 1), values
+def curve(row: dict, agents: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(updates [U], the judge's score [U]) after every round from update 0 on; agents: of these
+    alone, their mean."""
+    values = split(row["judge_curve"])
+    if agents is not None:
+        curves = [split(text) for text in row["judge_agents"].split("/")]
+        values = np.mean([curves[agent] for agent in agents], 0)
+    each = int(flag(row, "--updates", "4"))
+    return np.arange(len(values)) * each, values
+
+
+def of_agents(agents: Sequence[int]) -> Callable:
+    """The final score of these agents, as a column."""
+    return lambda row: curve(row, agents)[1][-1]
+
+
+def own_half(row: dict) -> float:
+    """The score on the agent's own topics after half of the updates, as a column."""
+    values = split(row["own_curve"])
+    return values[len(values) // 2]
+
+
+def fall(row: dict) -> float:
+    """How far the final score lies below the best of the run, as a column."""
+    return float(row["judge_best"]) - float(row["judge_final"])
 
 
 def difference(pairs: np.ndarray) -> str:
@@ -160,74 +189,163 @@ def table(header: str, rows: Iterable[list[str]]) -> list[str]:
             *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def short_table(study: Study, stage: str) -> list[str]:
-    """The README's first screen."""
-    lines = []
-    for arm in [arm for arm in IN_SHORT if arm in study.headline_arms(stage)]:
-        lines.append([f"`{arm}`", IN_SHORT[arm],
-                      f"{plot.iqm(study.values(arm, 'headline', stage)):.2f}",
-                      gain(study, arm, "isolated", "headline", stage),
-                      catch_up(study, arm, "isolated", stage)])
-    return table("arm | its agents | final score | minus `isolated`, seeds better | "
-                 "median updates to the final score of `isolated`", lines)
-
-
-def gain(study: Study, a: str, b: str, regime: str, stage: str, column: str = "judge_final") -> str:
+def gain(study: Study, a: str, b: str, regime: str, stage: str,
+         column: str | Callable = "judge_final") -> str:
     """`difference` of two arms; "–" of an arm and itself."""
     return "–" if a == b else difference(study.pairs(a, b, regime, stage, column))
 
 
-def headline_table(study: Study, stage: str, column: str = "judge_final") -> list[str]:
-    """Each arm's final score in the headline, and what is between it, `isolated` and SUBJECTS."""
+def short_table(study: Study) -> list[str]:
+    """The README's first screen, on the confirmation seeds."""
     lines = []
-    for arm in study.headline_arms(stage):
-        row = next(iter(study.cell(arm, "headline", stage).values()))
-        apart = [gain(study, a, b, "headline", stage, column) for a, b in
-                 ((arm, "isolated"), *((subject, arm) for subject in SUBJECTS))]
-        lines.append([f"`{arm}`", f"{flag(row, '--beta')}, {flag(row, '--lr')}",
-                      level(study.values(arm, "headline", stage, column)), *apart])
-    return table("arm | β, lr | final score | minus `isolated`, seeds better | " +
-                 " | ".join(f"`{subject}` minus it, seeds better" for subject in SUBJECTS), lines)
+    for arm in [arm for arm in IN_SHORT if all(arm in study.has(regime, "confirm")
+                                               for regime in HEADLINES)]:
+        line = [f"`{arm}`", IN_SHORT[arm]]
+        for regime in HEADLINES[::-1]:
+            line += [f"{plot.iqm(study.values(arm, regime, 'confirm', column)):.2f}"
+                     for column in ("judge_half", "judge_final")]
+            line.append(gain(study, arm, "isolated", regime, "confirm"))
+        lines.append(line)
+    names = [f"{regime}: {HALF} | {ALL} | minus `isolated`, seeds better"
+             for regime in HEADLINES[::-1]]
+    return table("arm | its agents | " + " | ".join(names), lines)
 
 
-def detail_table(study: Study, stage: str) -> list[str]:
-    """The same arms: means over seeds, but for the medians of updates and seconds."""
+def headline_table(study: Study, regime: str, stage: str) -> list[str]:
+    """Each arm's scores in a headline regime, and what is between it, `isolated` and `federated`.
+    """
     lines = []
-    for arm in study.headline_arms(stage):
-        rows = list(study.cell(arm, "headline", stage).values())
-        agents = len(rows[0]["judge_agents"].split())
-        mean = {name: study.values(arm, "headline", stage, name).mean() for name in
-                ("judge_auc", "worst_agent", "reward_final", "kl_initial", "bytes")}
-        reached = median_updates([updates_to(*curve(row), 0.6) for row in rows])
-        seconds = np.median(study.values(arm, "headline", stage, "seconds"))
-        lines.append([f"`{arm}`", str(len(rows)), f"{mean['judge_auc']:.2f}",
-                      f"{mean['worst_agent']:.2f}" if agents > 1 else "–",
-                      f"{reached:.0f}" if np.isfinite(reached) else "never",
-                      f"{mean['reward_final']:.2f}", f"{mean['kl_initial']:.1f}",
-                      f"{mean['bytes'] / agents / 1e6:.0f}", f"{seconds:.0f}"])
-    return table("arm | seeds | mean of the curve | worst agent | median updates to 0.6 | "
-                 "own reward | KL to initial, nats | MB received by an agent | median seconds",
+    for arm in study.has(regime, stage):
+        row = next(iter(study.cell(arm, regime, stage).values()))
+        settings = [flag(row, name) or "–"
+                    for name in ("--beta", "--lr", "--anchor", "--self-weight")]
+        lines.append([f"`{arm}`", ", ".join(settings)])
+        for column in ("judge_half", "judge_final"):
+            lines[-1] += [level(study.values(arm, regime, stage, column)),
+                          gain(study, arm, "isolated", regime, stage, column)]
+        lines[-1].append(gain(study, "federated", arm, regime, stage))
+    return table(f"arm | β, lr, anchor, own weight | {HALF} | minus `isolated`, seeds better | "
+                 f"{ALL} | minus `isolated`, seeds better | `federated` minus it, seeds better",
                  lines)
 
 
-def regime_table(study: Study, stage: str, column: str = "judge_final") -> list[str]:
-    """The level of `isolated` in each regime, and the difference of SUBJECTS on the same seeds."""
-    arms = [arm for arm in study.arms if arm in SUBJECTS]
+def topic_table(study: Study, regime: str, stage: str) -> list[str]:
+    """The same after the last update, on prompts of the agent's own topics alone."""
+    lines = [[f"`{arm}`", level(study.values(arm, regime, stage, "own_topics")),
+              gain(study, arm, "isolated", regime, stage, "own_topics"),
+              gain(study, "federated", arm, regime, stage, "own_topics")]
+             for arm in study.has(regime, stage)]
+    return table(f"arm | own topics, {ALL} | minus `isolated`, seeds better | "
+                 "`federated` minus it, seeds better", lines)
+
+
+def detail_table(study: Study, regime: str, stage: str) -> list[str]:
+    """The same arms: means over seeds, but for the median of seconds."""
     lines = []
-    for regime in study.regimes:
-        alone = study.values("isolated", regime, stage, column)
-        if len(alone) > 1:
-            pairs = [study.pairs(arm, "isolated", regime, stage, column) for arm in arms]
-            lines.append([regime, f"{plot.iqm(alone[:ELSEWHERE]):.2f}",
-                          *(difference(both[:, :ELSEWHERE]) for both in pairs)])
-    return table("regime | `isolated` | " +
-                 " | ".join(f"`{arm}` minus it, seeds better" for arm in arms), lines)
+    for arm in study.has(regime, stage):
+        rows = study.cell(arm, regime, stage).values()
+        agents = len(next(iter(rows))["judge_agents"].split("/"))
+        mean = {name: study.values(arm, regime, stage, name).mean()
+                for name in ("worst_agent", "bytes", "judge_best")}
+        learned = [f"{study.values(arm, regime, stage, name).mean():.{digits}f}"
+                   if next(iter(rows))[name] else "–"
+                   for name, digits in (("reward_final", 2), ("kl_initial", 1))]
+        lines.append([f"`{arm}`", str(len(rows)),
+                      f"{mean['worst_agent']:.2f}" if agents > 1 else "–",
+                      f"{mean['judge_best']:.2f}", falls(study, arm, regime, stage), *learned,
+                      f"{mean['bytes'] / agents / 1e6:.0f}",
+                      f"{np.median(study.values(arm, regime, stage, 'seconds')):.0f}"])
+    return table("arm | seeds | worst agent | best score of the run | "
+                 "seeds that end more than 0.05 below it | own reward | KL to initial, nats | "
+                 "MB received by an agent | median seconds", lines)
+
+
+def falls(study: Study, arm: str, regime: str, stage: str) -> str:
+    fallen = study.values(arm, regime, stage, fall)
+    return f"{int((fallen > 0.05).sum())} of {len(fallen)}"
+
+
+def goal_table(study: Study, regime: str, stage: str) -> list[str]:
+    """The questions that were asked beforehand."""
+    names = [arm for arm in ("federated", "merged", "fedavg") if arm in study.has(regime, stage)]
+    if not names or "isolated" not in study.has(regime, stage):
+        return []
+    lines = [[f"{when} minus `isolated`, seeds better",
+              *(gain(study, name, "isolated", regime, stage, column) for name in names)]
+             for when, column in ((HALF, "judge_half"), (ALL, "judge_final"))]
+    lines += [[f"{ALL} minus `{arm}`, seeds better",
+               *(gain(study, name, arm, regime, stage) for name in names)]
+              for arm in ("classic", "isolated 4x batch", "fedavg", "centralized", "feddpo")
+              if arm in study.has(regime, stage)]
+    lines += [[f"median updates to the score of `isolated` {when} (in brackets: itself)",
+               *(catch_up(study, name, "isolated", regime, stage, part) for name in names)]
+              for when, part in ((HALF, 0.5), (ALL, 1.0))]
+    lines.append(["seeds that end more than 0.05 below the best score of the run",
+                  *(falls(study, name, regime, stage) for name in names)])
+    lines.append(["single agents that end below themselves in `isolated`; mean gain by agent",
+                  *(worse_agents(study, name, regime, stage) for name in names)])
+    return table("question | " + " | ".join(f"`{name}`" for name in names), lines)
+
+
+def catch_up(study: Study, arm: str, other: str, regime: str, stage: str, part: float) -> str:
+    """Median over seeds of the updates at which `arm` first has the score that `other` has after
+    `part` of its own on the same seed, and that of `other` itself."""
+    first, second = (study.cell(name, regime, stage) for name in (arm, other))
+    if not first.keys() & second.keys():
+        return "–"
+    both = []
+    for seed in [seed for seed in first if seed in second]:
+        updates, values = curve(second[seed])
+        level = values[int(part * (len(values) - 1))]
+        both.append((updates_to(*curve(first[seed]), level), updates_to(updates, values, level)))
+    medians = [median_updates(values) for values in zip(*both, strict=True)]
+    reached, own = (f"{median:.0f}" if np.isfinite(median) else "never" for median in medians)
+    return f"{reached} ({own})"
+
+
+def worse_agents(study: Study, arm: str, regime: str, stage: str) -> str:
+    """How many agents end below themselves in `isolated`, and the mean gain of each."""
+    agents = range(len(next(iter(study.cell(arm, regime, stage).values()))["judge_agents"]
+                       .split("/")))
+    both = [study.pairs(arm, "isolated", regime, stage, of_agents([n])) for n in agents]
+    apart = np.array([first - second for first, second in both])  # [N, S]
+    return (f"{int((apart < 0).sum())} of {apart.size}; " +
+            ", ".join(f"{mean:+.2f}" for mean in apart.mean(1)))
+
+
+def regime_table(study: Study, column: str = "judge_final") -> list[str]:
+    """The level of `isolated` in each regime, and the difference of others on the same seeds: the
+    first ELSEWHERE of the reported ones."""
+    lines = []
+    for regime in [regime for regime in study.regimes if "isolated" in study.has(regime, "reported")
+                   and regime != "own prompts"]:
+        alone = study.values("isolated", regime, "reported", column)
+        lines.append([regime, f"{plot.iqm(alone[:ELSEWHERE]):.2f}"])
+        half = "judge_half" if column == "judge_final" else own_half
+        for arm, columns in (("federated", (half, column)), ("fedavg", (column,))):
+            lines[-1] += [difference(study.pairs(arm, "isolated", regime, "reported", name)
+                                     [:, :ELSEWHERE]) for name in columns]
+    return table(f"regime | `isolated`, {ALL} | `federated` minus it, {HALF}, seeds better | {ALL} "
+                 f"| `fedavg` minus it, {ALL}, seeds better", lines)
+
+
+def mixed_table(study: Study) -> list[str]:
+    """Two sizes of model in one federation: the small agents, the large ones, and all."""
+    lines, regime = [], "mixed sizes"
+    if "isolated" not in study.has(regime, "reported"):
+        return []
+    for name, agents in (("small", SMALL), ("large", LARGE), ("all", (*SMALL, *LARGE))):
+        column = of_agents(agents)
+        lines.append([name, *(f"{plot.iqm(study.values(arm, regime, 'reported', column)):.2f}"
+                              for arm in ("isolated", "federated")),
+                      gain(study, "federated", "isolated", regime, "reported", column)])
+    return table(f"agents | `isolated`, {ALL} | `federated` | difference, seeds better", lines)
 
 
 def community_table(study: Study) -> list[str]:
     """Two communities: by the common truth, and each agent by its own community's."""
     lines, regime, columns = [], "two communities", ("judge_final", "own_truth")
-    for arm in [arm for arm in study.arms if len(study.cell(arm, regime, "reported")) > 1]:
+    for arm in study.has(regime, "reported"):
         lines.append([f"`{arm}`", *(f"{plot.iqm(study.values(arm, regime, 'reported', column)):.2f}"
                                     for column in columns),
                       *(gain(study, arm, "isolated", regime, "reported", column)
@@ -236,119 +354,40 @@ def community_table(study: Study) -> list[str]:
                  "own, minus `isolated`", lines)
 
 
-def together_table(study: Study, stage: str) -> list[str]:
-    """What one more exchange after the last update would give, had the agents then deployed one
-    policy."""
+def variant_table(study: Study) -> list[str]:
+    """An arm changed in one thing, against the arm itself on the same seeds."""
     lines = []
-    for arm in study.arms:
-        rows = [row for row in study.cell(arm, "headline", stage).values() if row["judge_average"]]
-        if len(rows) > 1:
-            final, average, mixture = (np.array([float(row[name]) for row in rows]) for name in
-                                       ("judge_final", "judge_average", "judge_mixture"))
-            lines.append([f"`{arm}`",
-                          *(f"{plot.iqm(values):.2f}" for values in (final, average, mixture)),
-                          difference(np.array([average, final]))])
-    return table("arm | its agents, mean | average of their weights | geometric mixture | "
-                 "average minus agents, seeds better", lines)
+    for name in [arm for arm in study.arms if "," in arm]:
+        arm, change = name.split(", ")
+        for regime in study.regimes:
+            if len(study.cell(name, regime, "reported")) > 1:
+                final = plot.iqm(study.values(name, regime, "reported", "judge_final"))
+                lines.append([f"`{arm}`", change, regime, f"{final:.2f}",
+                              *(gain(study, name, arm, regime, "reported", column)
+                                for column in ("judge_half", "judge_final"))])
+    return table(f"arm | changed to | regime | {ALL} | minus the arm itself, {HALF} | {ALL}", lines)
 
 
 def failure_table(study: Study) -> list[str]:
-    """Every comparison of an arm that cooperates by the penalty with one that does not, in which
-    the band of its gain is not above 0.
+    """Every comparison of `federated` with another arm, but those that are it in part, in which the
+    band of its gain is not above 0.
 
-    The headline and twice the updates on the confirmation seeds, the other regimes on the reported
-    ones; scores over all topics, on the agent's own topics, and by the own truth of communities.
+    The headlines on the confirmation seeds, the other regimes on the reported ones; scores over all
+    topics, on the agent's own topics, and by the own truth of communities.
     """
-    arms = [arm for arm in study.arms if "," not in arm]
-    ours = [arm for arm in arms if arm.startswith(SUBJECTS)]
-    pairs = [(a, b) for a in ours for b in arms if b not in ours]
     lines = []
-    for regime in study.regimes:
-        stage = "confirm" if study.cell("isolated", regime, "confirm") else "reported"
-        columns = {"judge_final": "", "own_topics": ", own topics"}
+    for regime in [regime for regime in study.regimes if regime != "pairs alone"]:
+        stage = "confirm" if regime in HEADLINES else "reported"
+        columns = {"judge_half": f", {HALF}", "judge_final": f", {ALL}",
+                   "own_topics": f", own topics, {ALL}"}
         if regime == "two communities":
             columns["own_truth"] = ", own truth"
         for column, words in columns.items():
-            for a, b in pairs:
-                both = study.pairs(a, b, regime, stage, column)
+            for arm in [arm for arm in study.has(regime, stage) if "federated" not in arm]:
+                both = study.pairs("federated", arm, regime, stage, column)
                 if both.shape[-1] > 1 and plot.paired_difference(*both)[1] <= 0:
-                    lines.append([f"`{a}`", f"`{b}`", regime + words, difference(both)])
-    return table("arm | minus | regime | difference, seeds better", lines)
-
-
-def penalty_table(study: Study) -> list[str]:
-    """Where the KL penalty is charged: each place against exact in the loss on the same seeds."""
-    lines = []
-    for arm in [arm for arm in study.arms if "," in arm]:
-        cell = study.cell(arm, "headline", "reported")
-        if len(cell) > 1:
-            twin, place = arm.split(", ")
-            lines.append([f"`{twin}`", place, flag(next(iter(cell.values())), "--beta"),
-                          f"{plot.iqm(study.values(arm, 'headline', 'reported')):.2f}",
-                          gain(study, arm, twin, "headline", "reported")])
-    return table("arm | penalty | β | judge, final | minus exact in the loss, seeds better", lines)
-
-
-def goal_table(study: Study, stage: str) -> list[str]:
-    """The questions that were asked beforehand."""
-    lines = []
-    if study.pairs("federated", "isolated", "headline", stage).shape[-1] < 2:
-        return lines
-    for arm in (*BASELINES, "isolated 4x batch", "centralized"):
-        lines.append([f"final score minus `{arm}`, seeds better",
-                      *(gain(study, name, arm, "headline", stage) for name in SUBJECTS)])
-    for arm in BASELINES:
-        own = catch_up(study, arm, arm, stage)
-        lines.append([f"median updates to the final score of `{arm}` (its own)",
-                      *(f"{catch_up(study, name, arm, stage)} ({own})" for name in SUBJECTS)])
-    lines.append(["single agents that end below themselves in `isolated`; mean gain by agent",
-                  *(worse_agents(study, name, stage) for name in SUBJECTS)])
-    lines.append(["after twice the updates: final score minus `isolated`'s then, seeds better",
-                  *(gain(study, name, "isolated", "twice the updates", stage)
-                    for name in SUBJECTS)])
-    return table("question | " + " | ".join(f"`{name}`" for name in SUBJECTS), lines)
-
-
-def again_table(study: Study) -> list[str]:
-    """The same seeds, run once more by later code (again.csv): levels, gains over `isolated`, and
-    what has changed."""
-    if not (study.folder / "again.csv").exists():
-        return []
-    again, lines = Study(study.folder, "again.csv"), []
-    for arm in again.headline_arms("confirm"):
-        first, second = (once.cell(arm, "headline", "confirm") for once in (study, again))
-        both = np.array([[float(cell[seed]["judge_final"]) for seed in second if seed in first]
-                         for cell in (second, first)])  # [2, S]
-        gains = [gain(once, arm, "isolated", "headline", "confirm") for once in (study, again)]
-        lines.append([f"`{arm}`", f"{plot.iqm(both[1]):.2f}", f"{plot.iqm(both[0]):.2f}", *gains,
-                      difference(both)])
-    return table("arm | final score | again | minus `isolated`, seeds better | again | "
-                 "again minus before, seeds better", lines)
-
-
-def catch_up(study: Study, arm: str, other: str, stage: str) -> str:
-    """Median over seeds of the updates at which `arm` first has the score that `other` ends with on
-    the same seed."""
-    first, second = (study.cell(name, "headline", stage) for name in (arm, other))
-    reached = [updates_to(*curve(first[seed]), curve(second[seed])[1][-1])
-               for seed in first if seed in second]
-    if not reached:
-        return "–"
-    median = median_updates(reached)
-    return f"{median:.0f}" if np.isfinite(median) else "never"
-
-
-def worse_agents(study: Study, arm: str, stage: str) -> str:
-    """How many agents end below themselves in `isolated`, and the mean gain of each."""
-    def scores(row: dict) -> np.ndarray:
-        return np.array([float(score) for score in row["judge_agents"].split()])  # [N]
-    first, second = (study.cell(name, "headline", stage) for name in (arm, "isolated"))
-    apart = np.array([scores(first[seed]) - scores(second[seed])
-                      for seed in first if seed in second])  # [S, N]
-    if not len(apart):
-        return "–"
-    return (f"{int((apart < 0).sum())} of {apart.size}; " +
-            ", ".join(f"{mean:+.2f}" for mean in apart.mean(0)))
+                    lines.append([f"`{arm}`", regime + words, difference(both)])
+    return table("`federated` minus | regime | difference, seeds better", lines)
 
 
 def write(folder: Path) -> str:
@@ -361,14 +400,13 @@ def write(folder: Path) -> str:
 
 
 INTRODUCTION = (
-    "Made by `python benchmarks/report.py` from study.csv and again.csv. Levels are interquartile "
-    "means over seeds [95 % bootstrap band], differences means over same-seed pairs [95 % band], "
-    "with the number of seeds in which the first is better; other columns are plain means where "
-    "they do not say median. Bands are at the level that covers 95 % with few seeds "
-    "(expanded_level in plot.py) and not corrected for their number. The own reward is z-scored "
-    "for each reward model, so that `ensemble` and `centralized` have another scale than the rest. "
-    "With flipped labels only the three honest agents count; two communities are judged by the "
-    "common truth in the table of regimes, and by both in their own.")
+    "Made by `python benchmarks/report.py` from study.csv. Levels are interquartile means over "
+    "seeds [95 % bootstrap band], differences means over same-seed pairs [95 % band], with the "
+    "number of seeds in which the first is better; other columns are plain means where they do not "
+    "say median. Bands are at the level that covers 95 % with few seeds (expanded_level in "
+    "plot.py; for levels it is a little more) and not corrected for their number. DPO takes 160 "
+    "steps on the pairs alone: its columns are after 80 of them and after all. The own reward is "
+    "z-scored for each reward model. With flipped labels only the three honest agents count.")
 
 
 def tables(study: Study) -> str:
@@ -377,26 +415,22 @@ def tables(study: Study) -> str:
     hours = sum(float(row["seconds"]) for row in study.rows) / 3600
     lines = ["# Tables of the study", "", INTRODUCTION, "",
              f"{runs} runs, {diverged} of them diverged and are left out; {hours:.1f} hours of PPO "
-             "updates on one core."]
-    sections = {}
+             "updates and DPO steps on one core."]
+    sections = {"In short, confirmation seeds": short_table(study)}
     for stage, seeds in (("confirm", "confirmation seeds"), ("reported", "reported seeds")):
-        if stage == "confirm":
-            sections[f"In short, {seeds}"] = short_table(study, stage)
-        sections |= {
-            f"Headline, {seeds}": headline_table(study, stage),
-            f"Questions, {seeds}": goal_table(study, stage),
-            f"Details, {seeds}": detail_table(study, stage),
-            f"On the agent's own topics, {seeds}": headline_table(study, stage, "own_topics"),
-            f"One policy for all, {seeds}": together_table(study, stage)}
-        if stage == "confirm":
-            sections["Confirmation seeds, run again by later code"] = again_table(study)
+        for regime in HEADLINES[::-1]:
+            words = f"{regime}, {seeds}"
+            sections |= {f"Scores, {words}": headline_table(study, regime, stage),
+                         f"Questions, {words}": goal_table(study, regime, stage),
+                         f"Details, {words}": detail_table(study, regime, stage),
+                         f"Own topics, {words}": topic_table(study, regime, stage)}
     sections |= {
-        "Regimes, reported seeds": regime_table(study, "reported"),
-        "Regimes, on the agent's own topics, reported seeds":
-            regime_table(study, "reported", "own_topics"),
+        "Regimes, reported seeds": regime_table(study),
+        "Regimes, on the agent's own topics, reported seeds": regime_table(study, "own_topics"),
+        "Mixed sizes, reported seeds": mixed_table(study),
         "Two communities, reported seeds": community_table(study),
-        "No gain, or a loss": failure_table(study),
-        "Places of the penalty, reported seeds": penalty_table(study)}
+        "Variants, reported seeds": variant_table(study),
+        "No gain, or a loss": failure_table(study)}
     for title, rows in sections.items():
         if len(rows) > 2:  # else its runs are still to come
             lines += ["", f"## {title}", "", *rows]
@@ -405,15 +439,13 @@ def tables(study: Study) -> str:
 
 # --------------------------------------------------------------------------------------- pictures
 
-STYLES = plot.MODE_STYLES | {
-    "federated in communities": ("#E69F00", (0, (2, 1)), "X"),
-}
-
 
 def draw(study: Study, folder: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
-    pictures = {"curves": draw_curves, "forest": draw_forest, "bytes": draw_bytes}
+    pictures = {"curves": draw_curves}
+    if study.has("mixed sizes", "reported"):  # else its runs are still to come
+        pictures |= {"mixed": draw_mixed, "forest": draw_forest}
     with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "fedppo", "svg.fonttype": "path"}):
         for name, make in pictures.items():
             figure = Figure(layout="constrained")
@@ -436,30 +468,52 @@ def legend(figure, axes, **options) -> None:
                       **options)
 
 
+def band(axes, rows: list[dict], arm: str, agents: Sequence[int] | None = None) -> None:
+    """One arm's curve: the interquartile mean over its rows and the bootstrap band."""
+    color, line, marker = plot.MODE_STYLES[arm]
+    updates = curve(rows[0], agents)[0]  # [U]
+    values = np.array([curve(row, agents)[1] for row in rows])  # [S, U]
+    axes.plot(updates, plot.iqm(values), color=color, linestyle=line, linewidth=2, marker=marker,
+              markersize=5, markevery=max(1, len(updates) // 10), label=arm)
+    axes.fill_between(updates, *plot.bootstrap_band(values), color=color, alpha=0.15, linewidth=0)
+
+
 def draw_curves(figure, study: Study) -> None:
-    """Judge's score and own reward against updates, on the latest seeds that there are."""
-    arms = [arm for arm in ("isolated", "federated", "merged", "fedavg", "classic")
-            if arm in study.arms]
-    stage = "confirm" if len(study.cell("isolated", "headline", "confirm")) > 1 else "reported"
+    """Judge's score against updates in both headlines, on the latest seeds that there are."""
     figure.set_size_inches(10, 4.8)
-    panels = figure.subplots(1, 2, sharex=True)
-    for arm in arms:
-        rows = list(study.cell(arm, "headline", stage).values())
-        if len(rows) < 2:
-            continue
-        color, line, marker = STYLES[arm]
-        for axes, column in zip(panels, ("judge_curve", "reward_curve"), strict=True):
-            updates = curve(rows[0], column)[0]  # [U]
-            values = np.array([curve(row, column)[1] for row in rows])  # [S, U]
-            axes.plot(updates, plot.iqm(values), color=color, linestyle=line, linewidth=2,
-                      marker=marker, markersize=5, markevery=max(1, len(updates) // 10), label=arm)
-            axes.fill_between(updates, *plot.bootstrap_band(values), color=color, alpha=0.15,
-                              linewidth=0)
-    plain(panels[0], "PPO updates per agent", "judge's score on held-out prompts")
-    plain(panels[1], "PPO updates per agent", "own reward (z-score)")
-    legend(figure, panels[0], ncols=len(arms), handlelength=4)
-    figure.suptitle(f"4 agents, {len(study.cell('isolated', 'headline', stage))} seeds: "
-                    "interquartile mean over seeds, 95 % bootstrap band", fontsize=12)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, regime in zip(panels, HEADLINES[::-1], strict=True):
+        stage = "confirm" if study.has(regime, "confirm") else "reported"
+        seeds = len(study.cell("isolated", regime, stage))
+        for arm in ("isolated", "federated", "merged", "fedavg"):
+            rows = list(study.cell(arm, regime, stage).values())
+            if len(rows) > 1:
+                band(axes, rows, arm)
+        plain(axes, "PPO updates per agent",
+              "judge's score on held-out prompts" if axes is panels[0] else "")
+        axes.set_title(f"{regime}, {seeds} seeds", fontsize=12)
+    legend(figure, panels[0], ncols=4, handlelength=4)
+    figure.suptitle("4 agents: interquartile mean over seeds, 95 % bootstrap band", fontsize=12)
+
+
+def draw_mixed(figure, study: Study) -> None:
+    """Two sizes of model in one federation: the small agents and the large ones."""
+    figure.set_size_inches(10, 4.8)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, agents, words in zip(
+            panels, (SMALL, LARGE), ("the two agents of 0.12 million weights",
+                                     "the two agents of 0.37 million weights"), strict=True):
+        for arm in ("isolated", "federated"):
+            rows = list(study.cell(arm, "mixed sizes", "reported").values())
+            if len(rows) > 1:
+                band(axes, rows, arm, agents)
+        plain(axes, "PPO updates per agent",
+              "judge's score on held-out prompts" if axes is panels[0] else "")
+        axes.set_title(words, fontsize=12)
+    legend(figure, panels[0], ncols=2, handlelength=4)
+    seeds = len(study.cell("isolated", "mixed sizes", "reported"))
+    figure.suptitle(f"Two sizes of model in one federation, common prompts, {seeds} seeds: "
+                    "interquartile mean, 95 % bootstrap band", fontsize=12)
 
 
 def draw_forest(figure, study: Study) -> None:
@@ -467,60 +521,26 @@ def draw_forest(figure, study: Study) -> None:
     rows = [(regime, "judge_final", regime) for regime in study.regimes]
     rows.append(("two communities", "own_truth", "two communities, own truth"))
     rows = [row for row in rows
-            if study.pairs("federated", "isolated", row[0], "reported").shape[-1] > 1]
-    arms = [arm for arm in (*SUBJECTS, "federated in communities") if arm in study.arms]
+            if study.pairs("federated", "isolated", row[0], "reported", row[1]).shape[-1] > 1]
     figure.set_size_inches(8.4, 2.2 + 0.6 * len(rows))
     axes = figure.subplots()
     labels = []
     for y, (regime, column, name) in enumerate(rows):
         labels.append(f"{name} ({len(study.cell('isolated', regime, 'reported'))})")
-        for k, arm in enumerate(arms):
+        for k, arm in enumerate(("federated", "fedavg")):
             pairs = study.pairs(arm, "isolated", regime, "reported", column)
             if pairs.shape[-1] > 1:
                 mean, low, high = plot.paired_difference(*pairs)
-                axes.errorbar(mean, y + 0.24 * (k - 1), xerr=[[mean - low], [high - mean]],
-                              color=STYLES[arm][0], marker=STYLES[arm][2], markersize=6, capsize=3,
+                color, _, marker = plot.MODE_STYLES[arm]
+                axes.errorbar(mean, y + 0.24 * (k - 0.5), xerr=[[mean - low], [high - mean]],
+                              color=color, marker=marker, markersize=6, capsize=3,
                               linestyle="none", label=arm)
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    plain(axes, "final score minus that of isolated on the same seeds, 95 % band", "regime (seeds)",
-          grid="x")
-    legend(figure, axes, ncols=3)
-
-
-def draw_bytes(figure, study: Study) -> None:
-    """Judge's score after each round against what an agent has received by then."""
-    every = ["headline", "1 update a round", "2 updates a round", "8 updates a round"]
-    lines = [(arm, regime) for arm in SUBJECTS for regime in every] + [("fedavg", "headline")]
-    figure.set_size_inches(8.4, 5)
-    axes = figure.subplots()
-    seeds = set()
-    for arm, regime in lines:
-        rows = list(study.cell(arm, regime, "reported").values())[:ELSEWHERE]
-        if len(rows) < 2:
-            continue
-        seeds.add(len(rows))
-        values = plot.iqm(np.array([curve(row)[1] for row in rows]))  # [U]
-        megabytes = float(rows[0]["bytes"]) / len(rows[0]["judge_agents"].split()) / 1e6
-        received = np.linspace(0, megabytes, len(values))
-        color, line, marker = STYLES[arm]
-        axes.plot(received, values, color=color, linestyle=line, marker=marker, markersize=4,
-                  label=arm, linewidth=2 if regime == "headline" else 1.2,
-                  markevery=max(1, len(values) // 10))
-        axes.annotate(flag(rows[0], "--updates", "4"), (received[-1], values[-1]), xytext=(5, 0),
-                      textcoords="offset points", fontsize=10, color=color, va="center")
-    for arm in ("isolated", "centralized"):
-        values = study.values(arm, "headline", "reported")[:ELSEWHERE]
-        if len(values) > 1:
-            axes.axhline(plot.iqm(values), color=STYLES[arm][0], linestyle=STYLES[arm][1],
-                         label=f"{arm}, final")
-    axes.margins(x=0.08)
-    plain(axes, "MB of policies that one agent has received", "judge's score on held-out prompts")
-    legend(figure, axes, ncols=3, handlelength=4)
-    counts = " or ".join(map(str, sorted(seeds)))
-    figure.suptitle("Numbers: local updates between two exchanges. "
-                    f"{counts} seeds, interquartile mean", fontsize=11)
+    plain(axes, f"score {ALL} updates minus that of isolated on the same seeds, 95 % band",
+          "regime (seeds)", grid="x")
+    legend(figure, axes, ncols=2)
 
 
 def main(argv: list[str]) -> int:

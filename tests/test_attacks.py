@@ -16,7 +16,6 @@ import study  # noqa: E402
 
 SHORT = ("--mode federated --rounds 2 --updates 1 --batch 8 --pairs 20 --eval-prompts 8 "
          "--reward-epochs 1")
-CHOSEN = {arm: {"beta": 0.2, "lr": 1e-3} for arm in study.ARMS}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def sent():
     """{attack: (an agent that has moved, what it sends)}."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(study.HERE.parent)
-        world, task, mode = study.prepare(study.Job("federated", "headline", 0, SHORT))
+        world, task, mode = study.prepare(study.Job("federated", "none, 1 of 4", 0, SHORT))
     found = {}
     for name, kind in attacks.ATTACKS.items():
         agent = kind(0, world, task, fedppo.arm_settings(world.settings, mode))
@@ -61,15 +60,15 @@ def test_attacks_are_what_they_are_called(sent):
 
 def test_the_first_agents_lie_and_the_others_are_counted(monkeypatch):
     monkeypatch.chdir(study.HERE.parent)
-    one = attacks.job("federated", "random weights", 1, 0, 2.0, CHOSEN)
+    one = attacks.job("federated", "random weights", 1, 0, 2.0)
     assert one.regime == "random weights, 1 of 4" and one.flags.endswith("--outlier 2")
     row = attacks.run(study.Job(one.arm, one.regime, 0, f"{SHORT} --outlier 2"))
     assert list(row) == list(attacks.COLUMNS)
     assert (row["caught"], row["wronged"]) == ("1.000", "0.000")
-    assert len(row["judge_agents"].split()) == 3, "the honest ones"
     quiet = attacks.run(study.Job(one.arm, "none, 1 of 4", 0, f"{SHORT} --outlier 2"))
     assert (quiet["caught"], quiet["wronged"]) == ("", "0.000")
-    assert len(quiet["judge_agents"].split()) == 3
+    _, log = study.train(study.Job(one.arm, one.regime, 0, SHORT), uncounted=1)
+    assert {logged["agent"] for logged in log} == {1, 2, 3}, "the honest ones"
 
 
 def test_decisions_are_read_from_the_log():
@@ -84,8 +83,7 @@ def test_decisions_are_read_from_the_log():
 
 def test_the_shipped_rows_are_of_jobs_on_seeds_that_nothing_was_chosen_on():
     results = study.HERE / "results"
-    chosen = study.read(results / "chosen.json")
-    wanted, tuned = attacks.jobs(chosen), attacks.tuning_jobs(chosen)
+    wanted, tuned = attacks.jobs(), attacks.tuning_jobs()
     assert len(set(wanted)) == len(wanted) and len(set(tuned)) == len(tuned)
     assert not {job.seed for job in wanted} & {job.seed for job in tuned}
     assert {job.flags.count("--agents 8") for job in wanted if "2 of 8" in job.regime} == {1}

@@ -1,7 +1,7 @@
-"""benchmarks/dpo.py and joint.py: the loss by hand, an independent log-prob, the search's rule."""
+"""benchmarks/dpo.py: the loss by hand, an independent log-prob, when weights are averaged."""
 
-import math
-import random
+import copy
+import dataclasses
 import sys
 
 import pytest
@@ -13,8 +13,6 @@ from support import load
 
 sys.path.append(str(load.HOME / "benchmarks"))
 import dpo  # noqa: E402
-import joint  # noqa: E402
-import study  # noqa: E402
 
 
 def test_dpo_loss_by_hand():
@@ -39,6 +37,12 @@ def test_response_logprobs_are_those_of_each_text_by_itself(tiny_world, tiny_tas
             assert logprob.item() == pytest.approx(plain.item(), abs=1e-3)
 
 
+def tuned(world):
+    world = copy.copy(world)
+    world.settings = dataclasses.replace(world.settings, beta=0.5, lr=1e-3)
+    return world
+
+
 def test_dpo_learns_the_pairs_and_feddpo_averages_before_each_round(tiny_world, tiny_task,
                                                                      monkeypatch):
     """The first loss is log 2, whatever pairs it is of; then the chosen responses win."""
@@ -47,73 +51,27 @@ def test_dpo_learns_the_pairs_and_feddpo_averages_before_each_round(tiny_world, 
     averaged, average = [], kl.average_weights
     monkeypatch.setattr(kl, "average_weights", lambda states, weights: (
         averaged.append(len(states)) or average(states, weights)))
+    world = tuned(tiny_world)
     logs = {arm: [] for arm in dpo.ARMS}
     for arm, log in logs.items():
-        dpo.train(tiny_world, tiny_task, arm, 0.5, 1e-3, log.append)
+        dpo.train(world, tiny_task, arm, log.append)
         assert len(averaged) == (3 if arm == "feddpo" else 0)
         start = [row["loss"] for row in log if row["round"] == 1]
         assert start == pytest.approx([0.6931] * 2, abs=1e-4)
-    size = fedppo.size_of(tiny_world.model)
+    size = fedppo.size_of(world.model)
     assert [row["bytes"] for row in logs["feddpo"]] == [n * size for n in (0, 0, 1, 1, 2, 2, 3, 3)]
     assert {row["bytes"] for row in logs["dpo"]} == {0}
     monkeypatch.setattr(dpo, "STEPS", 8)
     rows = []
-    dpo.train(tiny_world, tiny_task, "dpo", 0.5, 1e-3, rows.append)
+    dpo.train(world, tiny_task, "dpo", rows.append)
     last = [row["loss"] for row in rows if row["round"] == 3]
     assert max(last) < 0.6, "three passes over 60 pairs"
 
 
-def row_of(job, score):
-    return {"arm": job.arm, "regime": job.regime, "seed": str(job.seed), "settings": job.flags,
-            "judge_final": str(score)}
-
-
-def test_a_search_takes_the_same_way_however_often_it_is_stopped():
-    """Rows are added in another order, and cut off inside a step."""
-    def score(cell):
-        return -abs(cell.beta - 2.0) - abs(cell.anchor - 0.2) + math.sin(1000 * cell.lr)
-    ends = []
-    for seed in range(6):
-        rng, rows = random.Random(seed), []
-        while jobs := joint.wanted(rows, "isolated", "own prompts"):
-            rng.shuffle(jobs)
-            for job in jobs[:rng.randint(1, len(jobs)) if seed else None]:
-                row = row_of(job, 0)
-                (cell, _), = joint.scores([row], job.arm, job.regime, job.seed).items()
-                rows.append(row | {"judge_final": str(score(cell))})
-        ends.append(sorted(row["settings"] for row in rows))
-    assert all(end == ends[0] for end in ends)
-
-
-@pytest.mark.parametrize("arm", joint.ARMS)
-def test_every_arm_is_searched_for_with_as_many_cells(arm):
-    """A score that peaks off the start is climbed to; the finalists go to the other seeds."""
-    def score(cell):
-        return -abs(cell.beta - 2.0) - abs(cell.anchor - 0.2) - cell.lr
-    rows, regime = [], "common prompts"
-    while jobs := joint.wanted(rows, arm, regime):
-        cells = {key for key in joint.scores(rows, arm, regime, study.TUNING[0])}
-        new = [row_of(job, 0) for job in jobs]
-        for row in new:
-            (cell, _), = joint.scores([row], arm, regime, int(row["seed"])).items()
-            assert joint.job(arm, regime, int(row["seed"]), cell).flags == row["settings"]
-            row["judge_final"] = str(score(cell))
-        assert len(cells) <= joint.CELLS
-        rows += new
-    first = joint.scores(rows, arm, regime, study.TUNING[0])
-    assert len(first) == joint.CELLS and len(rows) == joint.CELLS + 2 * joint.FINALISTS
-    best = joint.choose(rows, arm, regime)
-    assert best["beta"] == 2.0 and best["anchor"] == (1.0 if arm == "classic" else 0.2)
-    assert ("--self-weight" in rows[0]["settings"]) is (arm in joint.MATRIX)
-
-
-def test_dpo_is_searched_for_by_the_same_rule():
-    rows = []
-    while jobs := dpo.wanted(rows, "dpo"):
-        for job in jobs:
-            row = row_of(job, 0)
-            (cell, _), = dpo.scores([row], "dpo", job.seed).items()
-            rows.append(row | {"judge_final": str(-abs(cell[0] - 2.0))})
-    first = dpo.scores(rows, "dpo", study.TUNING[0])
-    assert len(first) == dpo.CELLS and max(first, key=first.get)[0] == 2.0
-    assert len(rows) == dpo.CELLS + 2 * dpo.FINALISTS
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_world, tiny_task):
+    agent = dpo.make_agent(tuned(tiny_world), tiny_task, 0)
+    before = [parameter.clone() for parameter in agent.policy.parameters()]
+    agent.reference[:] = torch.nan
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        dpo.step(agent, 0.5)
+    assert all(map(torch.equal, before, agent.policy.parameters()))

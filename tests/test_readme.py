@@ -58,9 +58,10 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_is_one_of_the_command_line(page):
-    scripts = [ROOT / "plot.py", *(ROOT / "benchmarks").glob("*.py")]
+    scripts = [ROOT / "plot.py", ROOT / "compare.py", *(ROOT / "benchmarks").glob("*.py")]
     known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings)}
-    known |= {"--check", "--resume", "--help", "--no-response-eos"}
+    known |= {"--check", "--resume", "--help", "--no-response-eos", "--config", "--quiet",
+              "--tensorboard"}
     known |= {flag for path in scripts
               for flag in re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text())}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[page]))
@@ -100,7 +101,7 @@ def test_the_table_of_modes_is_that_of_the_program():
         if row.exchanges:
             assert cells[2] == (f"`{row.rule}`" if row.rule else "`--rule`"), name
         assert cells[3] == ("yes" if row.moves else "no"), name
-        assert cells[4].startswith("`--anchor`" if row.anchor is None else str(row.anchor)), name
+        assert cells[4].startswith(f"{row.anchor:g}") and arm.anchor == row.anchor, name
         assert cells[5] == f"{arm.beta:g}, {arm.lr:.0e}".replace("e-0", "e-"), name
 
 
@@ -118,12 +119,11 @@ def section(title: str) -> str:
 
 @pytest.mark.parametrize("text, file, count", [
     (README.split("**Does it help?**")[1].split("\n## ")[0], "tables.md", 1),
-    (section("What was measured"), "tables.md", 4),
-    (section("Where it helps and where not"), "tables.md", 4),
+    (section("What was measured"), "tables.md", 5),
     (section("When an agent is bad"), "attacks.md", 1),
     (section("Speed"), "speed-*.md", 5),
     (section("What did not work"), "tables.md", 0),
-], ids=["first screen", "measured", "where", "attacks", "speed", "did not work"])
+], ids=["first screen", "measured", "attacks", "speed", "did not work"])
 def test_every_result_stands_in_its_file(text, file, count):
     """Each table is a part of one table of the file, and each difference with a band is in it."""
     made = [path.read_text() for path in sorted(RESULTS.glob(file))]
@@ -138,7 +138,8 @@ def test_every_result_stands_in_its_file(text, file, count):
 
 def test_the_whole_tables_of_the_confirmation_seeds_are_shown():
     made = (RESULTS / "tables.md").read_text()
-    for title in ("Headline", "Questions", "On the agent's own topics", "One policy for all"):
+    for title in ("Scores, common prompts", "Questions, common prompts", "Scores, own prompts",
+                  "Questions, own prompts", "Own topics, own prompts"):
         table = tables(made.split(f"\n## {title}, confirmation seeds\n")[1])[0]
         assert "\n".join(table) in BENCHMARKS, title
     assert "\n".join(tables(made.split("\n## In short, confirmation seeds\n")[1])[0]) in README
@@ -162,16 +163,28 @@ def test_the_tables_are_those_of_their_measurements():
 
 
 @pytest.fixture(scope="module")
-def shown() -> dict:
-    """The names that README's python blocks define, run in order as a reader pastes them."""
+def shown(tmp_path_factory) -> dict:
+    """The names that README's python blocks define, run in order as a reader pastes them; there is
+    a run where they read one."""
     namespace: dict = {}
     modes = dict(fedppo.MODES)
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "metrics.jsonl").write_text("".join(
+        json.dumps({"mode": mode, "update": update, "judge": update if judged else None}) + "\n"
+        for mode in ("isolated", "merged") for update in range(3) for judged in (True, False)))
     with contextlib.chdir(ROOT):
         for block in BLOCKS:
-            exec(block, namespace)
+            exec(block.replace("runs/NAME", str(folder)), namespace)
     fedppo.MODES.clear()
     fedppo.MODES.update(modes)
     return namespace
+
+
+def test_the_metrics_are_drawn_by_pandas(shown):
+    from matplotlib import pyplot
+    lines = {line.get_label(): line.get_ydata().tolist() for line in pyplot.gca().get_lines()}
+    assert lines == {"isolated": [0, 1, 2], "merged": [0, 1, 2]}
+    pyplot.close("all")
 
 
 def test_two_rounds_of_two_agents_from_python(shown):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import data
 import fedppo
@@ -19,10 +18,13 @@ from tiny import judge
 
 sys.path.insert(0, str(Path(fedppo.__file__).parent / "benchmarks"))
 
+import dpo  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
 
 RESULTS = study.HERE / "results"
+CHOSEN = {f"{arm}, {regime}": {"settings": {"beta": 0.1 + 0.01 * k, "lr": 1e-3}}
+          for k, arm in enumerate(study.ARMS) for regime in study.regimes_of(arm)}
 
 # ------------------------------------------------------------------------------------ the protocol
 
@@ -30,119 +32,56 @@ RESULTS = study.HERE / "results"
 def test_no_seed_serves_two_stages():
     stages = [set(study.TUNING), set(study.REPORTED), set(study.CONFIRM)]
     assert len(set.union(*stages)) == sum(map(len, stages))
-    assert len(study.REPORTED) >= 20 and len(study.CONFIRM) >= 20 and study.ELSEWHERE >= 8
+    assert len(study.REPORTED) >= 12 and len(study.CONFIRM) >= 20 and report.ELSEWHERE >= 8
     for stage, seeds in (("reported", study.REPORTED), ("confirm", study.CONFIRM)):
         of_stage = set(report.STAGES[stage])
         assert set(seeds) <= of_stage and not set(study.TUNING) & of_stage
 
 
-def test_every_arm_starts_from_the_same_grid():
-    first = study.climb_jobs([], study.ARMS)
-    grids = {arm: sorted(job.flags.split("--beta ")[1] for job in first if job.arm == arm)
-             for arm in study.ARMS}
-    assert all(grid == grids["isolated"] for grid in grids.values())
-    assert len(set(grids["isolated"])) == len(grids["isolated"]) == len(study.GRID)
-    assert {job.seed for job in first} == {study.TUNING[0]}
-
-
-@pytest.mark.parametrize("regime", ["headline", "half the lr", "8 agents"])
-def test_the_flags_of_every_arm_are_fedppos(regime, monkeypatch):
+def test_the_flags_of_every_job_are_fedppos_and_say_what_its_names_do(monkeypatch):
     monkeypatch.chdir(study.HERE.parent)
-    for arm in study.ARMS | study.PENALTY_ARMS:
-        settings = study.parse(study.job(arm, regime, 0, 0.1, 1e-3).flags)
-        assert settings.beta == 0.1 and settings.lr == (5e-4 if regime == "half the lr" else 1e-3)
-        assert settings.agents == (8 if regime == "8 agents" else 4)
-        assert settings.batch == (128 if arm == "isolated 4x batch" else 32)
-        assert settings.mode == (arm.split()[0].strip(","),) or arm == "ensemble"
+    jobs = study.headline_jobs(CHOSEN, study.REPORTED[:1]) + study.elsewhere_jobs(CHOSEN)
+    for job in [job for job in jobs if job.arm not in dpo.ARMS]:
+        s, (of, changes) = study.parse(job.flags), study.VARIANTS.get(job.arm, (job.arm, {}))
+        settings = study.ARMS[of] | study.REGIMES[job.regime] | changes
+        assert s.prompts == settings["prompts"] and s.rounds * s.updates == 80, job
+        assert s.mode == (settings["mode"],) and s.rule == settings.get("rule", "geometric")
+        assert s.batch == (128 if job.arm == "isolated 4x batch" else 32)
+        assert s.agents == (8 if job.regime == "8 agents" else 4)
+        assert s.pairs == int(job.regime.split()[0] if "pairs" in job.regime else 200)
+        assert len(s.model) == (2 if job.regime == "mixed sizes" else 1)
+        assert s.topology == settings.get("topology", "self")
+        names = [word for word in job.flags.split() if word.startswith("--")]
+        assert len(set(names)) == len(names), "a flag stands once"
 
 
-def scored(arm: str, cells: dict[tuple[float, float], list]) -> list[dict]:
-    """Rows of a tuning stage: the scores of each (beta, lr) on the first TUNING seeds."""
-    rows = []
-    for (beta, lr), scores in cells.items():
-        for seed, score in zip(study.TUNING, scores, strict=False):
-            job = study.job(arm, "headline", seed, beta, lr)
-            rows.append({"arm": arm, "regime": "headline", "seed": str(seed),
-                         "settings": job.flags, "judge_final": str(score)})
-    return rows
-
-
-def cell_of(flags: str) -> study.Cell:
-    words = flags.split()
-    return float(words[words.index("--beta") + 1]), float(words[words.index("--lr") + 1])
-
-
-def climb(score) -> list[dict]:
-    """Rows of tuning `isolated` on the first seed, where score(beta, lr) is what a run gets."""
-    rows: list[dict] = []
-    while jobs := study.climb_jobs(rows, ["isolated"]):
-        for cell in [cell_of(job.flags) for job in jobs]:
-            rows += scored("isolated", {cell: [score(*cell)]})
-    return rows
-
-
-def test_the_climb_ends_where_no_neighbour_is_better_even_far_from_the_grid():
-    peak = (0.015, 1.25e-4)  # two steps outside in both
-    rows = climb(lambda beta, lr: -abs(np.log2(beta / peak[0])) - abs(np.log2(lr / peak[1])))
-    assert study.finalists(rows, "isolated")[0] == peak
-    assert set(study.neighbours(peak)) <= study.cells(rows, "isolated").keys()
-    inside = climb(lambda beta, lr: -abs(np.log2(beta / 0.25)) + (lr == 1e-3))
-    asked = {cell_of(row["settings"]) for row in inside}
-    assert asked == {*study.GRID, (0.25, 2e-3)} and len(inside) == len(asked)
-
-
-def test_the_best_finalist_is_chosen_by_its_mean_over_all_tuning_seeds():
-    a, b, c = study.GRID[0], study.GRID[5], study.GRID[2]
-    cells = {cell: [0.1] for cell in study.GRID} | {c: [""]}  # c diverged
-    rows = scored("isolated", cells | {a: [0.9], b: [0.8]})
-    finalists = study.finalists(rows, "isolated")
-    assert finalists[:2] == [a, b] and c not in finalists
-    asked = study.final_jobs(rows, ["isolated"])
-    assert Counter(job.seed for job in asked) == dict.fromkeys(study.TUNING[1:], study.FINALISTS)
-    rows = scored("isolated", cells | {a: [0.9, 0.1, 0.2], b: [0.8, 0.7, 0.6]})
-    assert study.best(rows, "isolated") == b, "one lucky seed does not choose"
-    text = json.dumps(study.choose(rows))
-    assert json.loads(text)["isolated"]["beta"] == b[0] and "Infinity" not in text
-
-
-def test_penalty_arms_take_their_twins_learning_rate():
-    rows = scored("isolated", {(beta, lr): [0.5 + lr] * 3 for beta, lr in study.GRID})
-    jobs = study.climb_jobs(rows, ["isolated, both"])
-    assert {cell_of(job.flags)[1] for job in jobs} == {1e-3} and len(jobs) == 5
-    rows += scored("isolated, both", {(beta, 1e-3): [1 - beta] for beta, _ in study.GRID})
-    jobs = study.climb_jobs(rows, ["isolated, both"])
-    assert [cell_of(job.flags) for job in jobs] == [(0.03, 1e-3)]
-
-
-def test_reported_and_confirmed_runs_use_what_was_chosen():
-    arms = study.ARMS | study.TWINS
-    chosen = {arm: {"beta": 0.1 + 0.01 * k, "lr": 1e-3} for k, arm in enumerate(arms)}
-    reported, confirmed = study.reported_jobs(chosen), study.confirm_jobs(chosen)
-    assert {job.seed for job in reported} == set(study.REPORTED)
-    assert {job.seed for job in confirmed} == set(study.CONFIRM)
-    for job in [*reported, *confirmed]:
-        beta = chosen[study.TUNED_AS.get(job.arm, job.arm)]["beta"]
-        assert cell_of(job.flags)[0] == pytest.approx(beta)
-    counts = Counter((job.arm, job.regime) for job in reported)
-    assert all(counts[arm, "headline"] == 20 for arm in study.ARMS)
-    assert all(counts[arm, regime] >= 8 for regime in study.REGIMES for arm in study.ABROAD)
-    counts = Counter((job.arm, job.regime) for job in confirmed)
-    assert all(counts[arm, "headline"] == 20 for arm in study.ARMS)
-    assert all(counts[arm, "twice the updates"] == 20 for arm in study.ABROAD)
-    again = study.again_jobs(chosen)
-    assert len(again) == len(study.CONFIRM) * len(report.IN_SHORT) and set(again) < set(confirmed)
+def test_every_run_uses_what_was_chosen_for_its_arm():
+    jobs = [*study.headline_jobs(CHOSEN, study.CONFIRM), *study.elsewhere_jobs(CHOSEN)]
+    for job in jobs:
+        of = study.VARIANTS.get(job.arm, (job.arm,))[0]
+        beta = 0.1 + 0.01 * list(study.ARMS).index(of)
+        assert float(report.flag({"settings": job.flags}, "--beta")) == pytest.approx(beta)
+    counts = Counter((job.arm, job.regime) for job in jobs if job.seed in study.CONFIRM)
+    assert counts == {(arm, regime): 20 for arm in (*study.ARMS, "isolated 4x batch")
+                      for regime in study.regimes_of(arm)}
+    counts = Counter((job.arm, job.regime) for job in jobs if job.seed in study.REPORTED)
+    assert set(counts.values()) == {8} and len(set(jobs)) == len(jobs)
+    assert {regime for _, regime in counts} == {*study.REGIMES} - {"own prompts", "pairs alone"}
+    chosen = CHOSEN | {"federated, common prompts": {"settings": {"beta": 4.0, "lr": 1e-3}}}
+    for job in study.elsewhere_jobs(chosen):
+        of = study.VARIANTS.get(job.arm, (job.arm,))[0]
+        assert ("--beta 4 " in job.flags) is (of == "federated"), "the settings of common prompts"
 
 
 def test_the_shipped_results_are_of_the_runs_that_are_asked_for():
-    """By their flags: not one would be run again, and what was chosen follows from their scores."""
-    rows, chosen = study.load(RESULTS / "study.csv"), study.read(RESULTS / "chosen.json")
-    done = {study.key(row) for row in rows}
-    assert study.choose(rows) == chosen
-    assert not study.climb_jobs(rows, study.ARMS | study.TWINS)
-    assert set(study.final_jobs(rows, study.ARMS | study.TWINS)) <= done
-    assert set(study.reported_jobs(chosen) + study.confirm_jobs(chosen)) <= done
-    again = {study.key(row) for row in study.load(RESULTS / "again.csv")}
-    assert again == set(study.again_jobs(chosen))
+    """By their flags: none is of another time."""
+    chosen = json.loads((RESULTS / "chosen.json").read_text())
+    done = [study.key(row) for row in study.load(RESULTS / "study.csv")]
+    wanted = {*study.headline_jobs(chosen, study.CONFIRM),
+              *study.headline_jobs(chosen, study.REPORTED), *study.elsewhere_jobs(chosen)}
+    assert set(done) <= wanted and len(set(done)) == len(done)
+    assert all(("federated", regime, study.CONFIRM[0]) in
+               {(job.arm, job.regime, job.seed) for job in done} for regime in study.HEADLINES)
 
 
 # ------------------------------------------------------------------------------------ whose labels
@@ -187,40 +126,60 @@ def test_a_community_labels_by_its_own_truth(number, hidden, everything):
 
 # ----------------------------------------------------------------------------------------- one run
 
-SHORT = "--rounds 2 --updates 1 --batch 8 --pairs 20 --eval-prompts 8 --reward-epochs 1"
+SHORT = "--rounds 2 --updates 1 --batch 8 --pairs 20 --eval-prompts 32 --reward-epochs 1"
+TUNED = {"beta": 0.2, "lr": 1e-3}
+
+
+def short(arm: str, regime: str, extra: str = "") -> dict:
+    job = study.job(arm, regime, 5, TUNED)
+    return study.run(dataclasses.replace(job, flags=f"{job.flags} {SHORT} {extra}".strip()))
 
 
 @pytest.fixture(scope="module")
 def row():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(study.HERE.parent)
-        job = study.job("federated in communities", "two communities", 5, 0.2, 1e-3)
-        yield study.run(dataclasses.replace(job, flags=f"{job.flags} {SHORT}"))
+        yield short("federated in communities", "two communities")
 
 
 def test_a_row_says_what_the_run_did(row):
     assert set(row) == set(study.COLUMNS) and study.key(row).seed == 5
-    curve, agents = ([float(value) for value in row[column].split()]
-                     for column in ("judge_curve", "judge_agents"))
-    assert len(curve) == 3 and len(row["reward_curve"].split()) == 2 and len(agents) == 4
-    assert float(row["judge_initial"]) == pytest.approx(curve[0], abs=1e-3)
-    assert float(row["judge_final"]) == pytest.approx(curve[-1], abs=1e-3)
-    assert np.mean(agents) == pytest.approx(curve[-1], abs=1e-3)
-    assert float(row["worst_agent"]) == pytest.approx(min(agents), abs=1e-3)
-    assert row["episodes"] == 4 * 2 * 8
-    policy = sum(p.numel() * 4 for p in study.start().model.parameters())
+    judged, own = (report.split(row[name]) for name in ("judge_curve", "own_curve"))
+    agents = np.array([report.split(text) for text in row["judge_agents"].split("/")])
+    assert agents.shape == (4, 3) and len(judged) == len(own) == 3
+    close = {"rel": 1e-3, "abs": 1e-3}
+    assert agents.mean(0) == pytest.approx(judged, **close)
+    assert float(row["judge_half"]) == pytest.approx(judged[1], **close)
+    assert float(row["judge_final"]) == pytest.approx(judged[2], **close)
+    assert float(row["judge_best"]) == pytest.approx(judged.max(), **close)
+    assert float(row["worst_agent"]) == pytest.approx(agents[:, 2].min(), **close)
+    assert float(row["own_topics"]) == pytest.approx(own[2], **close)
+    policy = sum(p.numel() * 4 for p in study.start(("tiny/model",)).model.parameters())
     assert row["bytes"] == 2 * 4 * policy, "one peer in each community, in two rounds"
-    assert row["own_truth"] and row["own_topics"] and row["own_truth"] != row["judge_final"]
+    assert row["own_truth"] and row["own_truth"] != row["judge_final"] and row["kl_initial"]
 
 
 @pytest.mark.slow
-def test_agents_together_in_the_headline_regime(monkeypatch):
+def test_own_topics_and_honest_agents(monkeypatch):
     monkeypatch.chdir(study.HERE.parent)
-    row = study.run(study.Job("federated", "headline", 5, f"--mode federated {SHORT}"))
-    assert row["judge_average"] and row["judge_mixture"] and row["own_truth"] == ""
-    one = study.run(study.Job("centralized", "headline", 5, f"--mode centralized {SHORT}"))
-    assert float(one["own_topics"]) == pytest.approx(float(one["judge_final"]), abs=1e-4), \
-        "it owns every topic"
+    one = short("centralized", "own prompts")
+    assert one["own_topics"] == one["judge_final"] and one["own_truth"] == "", "it owns every topic"
+    honest = short("isolated", "flipped labels")
+    assert len(honest["judge_agents"].split("/")) == 3
+
+
+@pytest.mark.slow
+def test_dpo_and_two_sizes_of_model_have_rows_of_the_same_form(monkeypatch):
+    monkeypatch.chdir(study.HERE.parent)
+    monkeypatch.setattr(dpo, "ROUNDS", 2)
+    row = short("feddpo", "pairs alone")
+    assert len(report.split(row["judge_curve"])) == 3 and not row["kl_initial"]
+    size = fedppo.size_of(study.start(("tiny/model",)).model)
+    assert row["bytes"] == 4 * 2 * size, "a server sends one policy to each"
+    mixed = short("federated", "mixed sizes")
+    small, large = (fedppo.size_of(model) for model in
+                    study.start(("tiny/model", "tiny/model-96x3")).models)
+    assert large > 2 * small and mixed["bytes"] == 2 * (6 * small + 6 * large)
 
 
 @pytest.mark.slow
@@ -229,23 +188,6 @@ def test_a_run_is_the_same_when_repeated(row, monkeypatch):
     study.TASKS.clear()
     again = study.run(study.key(row))
     assert again | {"seconds": ""} == row | {"seconds": ""}
-
-
-def test_a_mixture_is_the_geometric_mean_of_its_policies(toy_policy):
-    policies = toy_policy(0), toy_policy(1)
-    ids, mask = torch.tensor([[2, 3, 4], [5, 6, 7]]), torch.ones(2, 4, dtype=torch.long)
-    positions = torch.arange(4).expand(2, 4)
-    first = {"input_ids": ids, "attention_mask": mask[:, :3], "position_ids": positions[:, :3]}
-    then = {"input_ids": ids[:, :1] + 1, "attention_mask": mask, "position_ids": positions[:, 3:]}
-    whole = {"input_ids": torch.cat([ids, ids[:, :1] + 1], 1), "attention_mask": mask,
-             "position_ids": positions}
-    with torch.no_grad():
-        mixture = study.Mixture(list(policies))
-        prompt = mixture(**first, use_cache=True)
-        step = mixture(**then, past_key_values=prompt.past_key_values, use_cache=True)
-        sampled = torch.cat([prompt.logits, step.logits], 1).softmax(-1)
-        logs = [policy(**whole).logits.log_softmax(-1) for policy in policies]
-    assert torch.allclose(sampled, ((logs[0] + logs[1]) / 2).softmax(-1), atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------ the schedule
@@ -264,7 +206,7 @@ def test_finished_runs_are_not_repeated_and_a_broken_last_line_is(tmp_path):
         done.append(job)
         return fake_run(job)
 
-    jobs = [study.job("isolated", "headline", seed, 0.1, 1e-3) for seed in range(4)]
+    jobs = [study.job("isolated", "own prompts", seed, TUNED) for seed in range(4)]
     path = tmp_path / "study.csv"
     study.complete(path, jobs[:3], "test", 1, run)
     assert done == jobs[:3]
@@ -301,35 +243,44 @@ def test_median_updates_counts_runs_that_never_arrive():
     assert report.median_updates([4, 8, never, never]) == 8
 
 
-def test_a_curve_knows_its_updates():
-    row = {"judge_curve": "0.1 0.2 0.3", "reward_curve": "1 2 3 4 5 6 7 8"}
+def test_a_curve_knows_its_updates_and_agents():
+    row = {"judge_curve": "0.1 0.2 0.3", "settings": "--mode isolated --updates 2",
+           "judge_agents": "0 0.1 0.2/0.2 0.3 0.4"}
     updates, values = report.curve(row)
-    assert updates.tolist() == [0, 4, 8] and values.tolist() == [0.1, 0.2, 0.3]
-    assert report.curve(row, "reward_curve")[0].tolist() == list(range(1, 9))
+    assert updates.tolist() == [0, 2, 4] and values.tolist() == [0.1, 0.2, 0.3]
+    assert report.curve(row, [1])[1].tolist() == [0.2, 0.3, 0.4]
+    assert report.curve(row, [0, 1])[1] == pytest.approx([0.1, 0.2, 0.3])
+    assert report.of_agents([0])(row) == 0.2
 
 
 # -------------------------------------------------------------------------------------- the tables
 
+PLUS = {"isolated": 0.0, "federated": 0.3, "fedavg": 0.6, "merged": 0.3, "feddpo": -0.1,
+        "federated, both": 0.2, "federated in communities": 0.4}
 
-def results(folder: Path, gain: float = 0.3) -> Path:
-    """8 seeds, `federated` better than `isolated` by `gain` on every one, and one run diverged."""
-    rows, columns = [], ("judge_auc", "worst_agent", "own_topics", "judge_average",
-                         "judge_mixture", "own_truth", "kl_initial", "reward_final", "seconds",
-                         "bytes")
-    plus = {"isolated": 0.0, "federated": gain, "fedavg": 2 * gain, "merged": gain,
-            "isolated, both": -gain}
-    jobs = [study.job(arm, regime, seed, 0.2, 1e-3) for arm in plus
-            for regime in ("headline", "twice the updates", "two communities", "1 update a round")
-            for seed in (*range(1000, 1008), *range(3000, 3008))]
-    for job in jobs:
-        final = 0.5 + 0.01 * (job.seed % 10) + plus[job.arm]
-        rows.append(fake_run(job) | dict.fromkeys(columns, "1") | {
-            "judge_final": str(final), "judge_agents": report.join([final - 0.1, final + 0.1]),
-            "judge_curve": report.join([0.2, final / 2 + 0.2, final]),
-            "reward_curve": report.join(np.linspace(0, 1, 40))})
-    diverged = study.job("isolated", "headline", 1009, 0.2, 1e-3)
-    rows.append(fake_run(diverged) | {"judge_final": ""})
-    study.save(folder / "study.csv", rows)
+
+def results(folder: Path) -> Path:
+    """8 seeds, each arm above `isolated` by PLUS on every one, and one run diverged."""
+    of = [(arm, regime, seed) for arm in ("isolated", "federated", "fedavg", "merged")
+          for regime in study.HEADLINES for seed in (*range(1100, 1108), *range(4000, 4008))]
+    of += [("feddpo", "pairs alone", seed) for seed in (*range(1100, 1108), *range(4000, 4008))]
+    of += [(arm, regime, seed) for seed in range(1100, 1108) for arm, regime in (
+        ("isolated", "mixed sizes"), ("federated", "mixed sizes"), ("isolated", "8 agents"),
+        ("federated", "8 agents"), ("isolated", "two communities"),
+        ("federated in communities", "two communities"), ("federated, both", "common prompts"))]
+    made = []
+    for job in [study.job(*one, TUNED) for one in of]:
+        final = 0.5 + 0.01 * (job.seed % 10) + PLUS[job.arm]
+        curve = report.join([0.2, final / 2 + 0.2, final])
+        made.append(fake_run(job) | dict.fromkeys(
+            ("own_topics", "own_truth", "kl_initial", "reward_final", "seconds", "bytes"), "1") | {
+            "judge_half": str(final / 2 + 0.2), "judge_final": str(final),
+            "judge_best": str(final + (0.06 if job.arm == "merged" else 0)),
+            "worst_agent": str(final), "judge_curve": curve, "own_curve": curve,
+            "judge_agents": "/".join([curve] * 4)})
+    diverged = study.job("isolated", "own prompts", 1109, TUNED)
+    made.append(fake_run(diverged) | {"judge_final": ""})
+    study.save(folder / "study.csv", made)
     return folder
 
 
@@ -337,42 +288,38 @@ def results(folder: Path, gain: float = 0.3) -> Path:
 def test_tables_and_pictures_of_a_known_study(tmp_path):
     text = report.write(results(tmp_path))
     assert (tmp_path / "tables.md").read_text() == text and "1 of them diverged" in text
-    headline = text.split("## Headline, confirmation seeds")[1].split("##")[0]
-    assert "| `federated` | 0.2, 0.001 | 0.8" in headline, "the interquartile mean is 0.835"
-    assert "| +0.30 [+0.30, +0.30], 8 of 8 | – |" in headline, "over isolated; itself"
-    assert "| +0.60 [+0.60, +0.60], 8 of 8 | -0.30 [-0.30, -0.30], 0 of 8 |" in headline, "fedavg"
-    assert "the final score of `isolated` (its own) | 20 (40) | 20 (40) |" in text
-    assert "`fedavg` (its own) | never (40) | never (40) |" in text
-    assert "| 0 of 16; +0.30, +0.30 |" in text
-    penalty = next(line for line in text.splitlines() if line.startswith("| `isolated` | both |"))
-    assert penalty.endswith("| -0.30 [-0.30, -0.30], 0 of 8 |")
-    losses = text.split("## No gain, or a loss")[1].split("##")[0]
-    assert "| `merged` | `fedavg` | headline | -0.30 [-0.30, -0.30], 0 of 8 |" in losses
-    for name in ("curves", "forest", "bytes"):
+
+    def part(title: str) -> str:
+        return text.split(f"## {title}\n")[1].split("##")[0]
+    of_all = "+0.30 [+0.30, +0.30], 8 of 8"
+    scores = part("Scores, common prompts, confirmation seeds")
+    assert "| `federated` | 0.2, 0.001, –, – | 0.62" in scores, "0.835 / 2 + 0.2"
+    assert "| +0.15 [+0.15, +0.15], 8 of 8 | 0.8" in scores and f"] | {of_all} | – |" in scores
+    assert "| `feddpo` | 0.2, 0.001, –, – |" in scores, "DPO stands in both headlines"
+    assert "| -0.30 [-0.30, -0.30], 0 of 8 |" in scores, "federated minus fedavg"
+    asked = part("Questions, own prompts, confirmation seeds")
+    reached = "the score of `isolated` after {} (in brackets: itself) | 4 ({})"
+    assert reached.format("40 updates", 4) in asked and reached.format("80", 8) in asked
+    assert "more than 0.05 below the best score of the run | 0 of 8 | 8 of 8 | 0 of 8 |" in asked
+    assert "| 0 of 32; +0.30, +0.30, +0.30, +0.30 |" in asked
+    mixed = part("Mixed sizes, reported seeds")
+    assert "| small | 0.54 | 0.8" in mixed and mixed.count(f"| {of_all} |") == 3
+    assert "| `federated` | both | common prompts | 0.73 | -0.05" in part(
+        "Variants, reported seeds")
+    assert "| `fedavg` | common prompts, after 80 | -0.30 [-0.30, -0.30], 0 of 8 |" in part(
+        "No gain, or a loss")
+    assert "| 8 agents | 0.54 | +0.15" in part("Regimes, reported seeds")
+    assert "| `federated in communities` | 0.94 | 1.00 | +0.40" in part(
+        "Two communities, reported seeds")
+    for name in ("curves", "mixed", "forest"):
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000
         assert (tmp_path / f"{name}.svg").exists()
-
-
-def test_runs_made_again_stand_beside_the_first_ones(tmp_path):
-    rows = study.load(results(tmp_path) / "study.csv")
-    assert report.again_table(report.Study(tmp_path)) == [], "there are none"
-    rows = [row for row in rows
-            if row["judge_final"] and row["regime"] == "headline" and row["seed"] > "3001"]
-    for row in rows:
-        if row["arm"] == "federated":
-            row["judge_final"] = str(float(row["judge_final"]) + 0.1)
-    study.save(tmp_path / "again.csv", rows)
-    table = "\n".join(report.again_table(report.Study(tmp_path)))
-    assert ("| `isolated` | 0.55 | 0.55 | – | – | +0.00 [+0.00, +0.00], 3 of 6 |"
-            in table), "the same seeds, all ties"
-    assert ("| `federated` | 0.85 | 0.95 | +0.30 [+0.30, +0.30], 8 of 8 | "
-            "+0.40 [+0.40, +0.40], 6 of 6 | +0.10 [+0.10, +0.10], 6 of 6 |" in table)
 
 
 def test_single_seeds_have_no_table_and_two_settings_of_one_run_are_an_error(tmp_path):
     path = results(tmp_path) / "study.csv"
     rows = study.load(path)
-    study.save(path, [row for row in rows if row["seed"] == "1000"])
+    study.save(path, [row for row in rows if row["seed"] == "1100"])
     assert "##" not in report.tables(report.Study(tmp_path)), "no differences of single seeds"
     study.save(path, [*rows, rows[0] | {"settings": rows[0]["settings"] + " --clip 0.1"}])
     with pytest.raises(ValueError, match="stands twice"):
