@@ -414,10 +414,10 @@ def average(models: list[ppo_core.Policy], weights: torch.Tensor) -> dict[str, t
     return kl.average_weights([policy.model.state_dict() for policy in models], weights)
 
 
-def merge(policies: list[ppo_core.Policy], weights: torch.Tensor, agent: Agent) -> ppo_core.Policy:
+def merge(models: list[ppo_core.Policy], weights: torch.Tensor, agent: Agent) -> ppo_core.Policy:
     """A frozen policy of the agent's with the average of K policies' parameters, weights [K]."""
     merged = agent.world.new_policy(agent.index).requires_grad_(False)
-    merged.model.load_state_dict(average(policies, weights))
+    merged.model.load_state_dict(average(models, weights))
     return merged
 
 

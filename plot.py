@@ -433,15 +433,11 @@ def draw(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
     return png, png.with_suffix(".svg")
 
 
-def unfinished(folder: str | Path) -> str:
-    """How far a run has come that still goes on or was stopped; "" of a finished one."""
+def unfinished(folder: str | Path, rows: list[dict]) -> str:
+    """How far a run with these rows has come that goes on or was stopped; "" of a finished one."""
     if (Path(folder) / "summary.json").exists():
         return ""
-    updates = {}  # (mode, seed) -> the last update of any agent
-    for row in load_metrics(folder):
-        updates[row["mode"], row["seed"]] = row["update"]
-    (mode, seed), last = list(updates.items())[-1]
-    return f" is not finished: {mode}, seed {seed}, is at update {last}"
+    return " is not finished: {mode}, seed {seed}, is at update {update}".format(**rows[-1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -462,7 +458,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         home = Path(options.runs[0]) if len(options.runs) == 1 else Path()
         pictures = draw(options.runs, options.out or home / "curves.png")
         for run in options.runs:
-            print(f"{run}{unfinished(run)}\n{table(summarise(load_metrics(run)))}\n")
+            rows = load_metrics(run)
+            print(f"{run}{unfinished(run, rows)}\n{table(summarise(rows))}\n")
     except (RunError, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

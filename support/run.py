@@ -514,8 +514,8 @@ def model_card(title: str, s: Settings, base: str, rows: list[dict]) -> str:
     accuracy = before["reward_accuracy"]
     known = "" if accuracy is None else (
         f"Its reward model is right on {accuracy:.0%} of held-out pairs. ")
-    judged = "" if s.judge == "none" else f"The judge is `{show(s.judge)}`." if (
-        s.judge == s.reward) else f"The judge, `{show(s.judge)}`, took no part in training."
+    apart = "has paid the agent too" if s.judge == s.reward else "took no part in training"
+    judged = "" if s.judge == "none" else f"The judge, `{show(s.judge)}`, {apart}."
     settings = {name: show(value) for name, value in dataclasses.asdict(s).items()
                 if name not in ("mode", "seeds", "out", "name", "device", "threads")}
     return "\n".join([
