@@ -35,8 +35,7 @@ IN_SHORT = {  # of the README's first screen
     "fedavg": "weights are averaged, KL to the average",
 }
 HEADLINES = ("own prompts", "common prompts")
-ELSEWHERE = 8  # seeds of the other regimes
-STAGES = {"reported": range(1100, 1200), "confirm": range(4000, 4100)}  # told by their seeds
+ELSEWHERE = 6  # seeds of the other regimes, the first ones
 HALF, ALL = "after 40 updates", "after 80"  # the columns judge_half and judge_final, in words
 SMALL, LARGE = (0, 2), (1, 3)  # agents of tiny/model and of tiny/model-96x3 with mixed sizes
 
@@ -87,7 +86,7 @@ def split(text: str) -> np.ndarray:
 
 
 class Study:
-    """The rows of study.csv by arm, regime and stage. Diverged runs, without scores, are apart."""
+    """The rows of study.csv by arm and regime. Diverged runs, without scores, are apart."""
 
     def __init__(self, folder: Path):
         with (folder / "study.csv").open(newline="", encoding="utf-8") as file:
@@ -97,7 +96,7 @@ class Study:
         self.arms = list(dict.fromkeys(row["arm"] for row in self.rows))
         self.regimes = list(dict.fromkeys(row["regime"] for row in self.rows))
 
-    def cell(self, arm: str, regime: str, stage: str) -> dict[int, dict]:
+    def cell(self, arm: str, regime: str) -> dict[int, dict]:
         """{seed: row}, seeds ascending; `centralized` and DPO, to which it is the same whose the
         prompts are, stand in both headlines.
 
@@ -108,27 +107,27 @@ class Study:
         regimes += ("common prompts",) if (arm, regime) == ("centralized", "own prompts") else ()
         for row in self.rows:
             seed = int(row["seed"])
-            if row["arm"] == arm and row["regime"] in regimes and seed in STAGES[stage]:
+            if row["arm"] == arm and row["regime"] in regimes:
                 if seed in found:
                     raise ValueError(f"{arm}, {regime}, seed {seed} stands twice: remove the rows "
                                      "of old settings")
                 found[seed] = row
         return dict(sorted(found.items()))
 
-    def has(self, regime: str, stage: str) -> list[str]:
+    def has(self, regime: str) -> list[str]:
         """The arms with two or more seeds there, variants apart."""
         return [arm for arm in self.arms
-                if len(self.cell(arm, regime, stage)) > 1 and "," not in arm]
+                if len(self.cell(arm, regime)) > 1 and "," not in arm]
 
-    def values(self, arm: str, regime: str, stage: str, column: str | Callable) -> np.ndarray:
+    def values(self, arm: str, regime: str, column: str | Callable) -> np.ndarray:
         """[S] a column's numbers, or what a function makes of each row."""
         of = column if callable(column) else lambda row: float(row[column])
-        return np.array([of(row) for row in self.cell(arm, regime, stage).values()])
+        return np.array([of(row) for row in self.cell(arm, regime).values()])
 
-    def pairs(self, a: str, b: str, regime: str, stage: str, column: str | Callable) -> np.ndarray:
+    def pairs(self, a: str, b: str, regime: str, column: str | Callable) -> np.ndarray:
         """[2, S] a column of two arms on the seeds that both have."""
         of = column if callable(column) else lambda row: float(row[column])
-        first, second = self.cell(a, regime, stage), self.cell(b, regime, stage)
+        first, second = self.cell(a, regime), self.cell(b, regime)
         seeds = [seed for seed in first if seed in second]
         return np.array([[of(cell[seed]) for seed in seeds] for cell in (first, second)])
 
@@ -189,108 +188,108 @@ def table(header: str, rows: Iterable[list[str]]) -> list[str]:
             *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def gain(study: Study, a: str, b: str, regime: str, stage: str,
+def gain(study: Study, a: str, b: str, regime: str,
          column: str | Callable = "judge_final") -> str:
     """`difference` of two arms; "–" of an arm and itself."""
-    return "–" if a == b else difference(study.pairs(a, b, regime, stage, column))
+    return "–" if a == b else difference(study.pairs(a, b, regime, column))
 
 
 def short_table(study: Study) -> list[str]:
-    """The README's first screen, on the confirmation seeds."""
+    """The README's first screen."""
     lines = []
-    for arm in [arm for arm in IN_SHORT if all(arm in study.has(regime, "confirm")
+    for arm in [arm for arm in IN_SHORT if all(arm in study.has(regime)
                                                for regime in HEADLINES)]:
         line = [f"`{arm}`", IN_SHORT[arm]]
         for regime in HEADLINES[::-1]:
-            line += [f"{plot.iqm(study.values(arm, regime, 'confirm', column)):.2f}"
+            line += [f"{plot.iqm(study.values(arm, regime, column)):.2f}"
                      for column in ("judge_half", "judge_final")]
-            line.append(gain(study, arm, "isolated", regime, "confirm"))
+            line.append(gain(study, arm, "isolated", regime))
         lines.append(line)
     names = [f"{regime}: {HALF} | {ALL} | minus `isolated`, seeds better"
              for regime in HEADLINES[::-1]]
     return table("arm | its agents | " + " | ".join(names), lines)
 
 
-def headline_table(study: Study, regime: str, stage: str) -> list[str]:
+def headline_table(study: Study, regime: str) -> list[str]:
     """Each arm's scores in a headline regime, and what is between it, `isolated` and `federated`.
     """
     lines = []
-    for arm in study.has(regime, stage):
-        row = next(iter(study.cell(arm, regime, stage).values()))
+    for arm in study.has(regime):
+        row = next(iter(study.cell(arm, regime).values()))
         settings = [flag(row, name) or "–"
                     for name in ("--beta", "--lr", "--anchor", "--self-weight")]
         lines.append([f"`{arm}`", ", ".join(settings)])
         for column in ("judge_half", "judge_final"):
-            lines[-1] += [level(study.values(arm, regime, stage, column)),
-                          gain(study, arm, "isolated", regime, stage, column)]
-        lines[-1].append(gain(study, "federated", arm, regime, stage))
+            lines[-1] += [level(study.values(arm, regime, column)),
+                          gain(study, arm, "isolated", regime, column)]
+        lines[-1].append(gain(study, "federated", arm, regime))
     return table(f"arm | β, lr, anchor, own weight | {HALF} | minus `isolated`, seeds better | "
                  f"{ALL} | minus `isolated`, seeds better | `federated` minus it, seeds better",
                  lines)
 
 
-def topic_table(study: Study, regime: str, stage: str) -> list[str]:
+def topic_table(study: Study, regime: str) -> list[str]:
     """The same after the last update, on prompts of the agent's own topics alone."""
-    lines = [[f"`{arm}`", level(study.values(arm, regime, stage, "own_topics")),
-              gain(study, arm, "isolated", regime, stage, "own_topics"),
-              gain(study, "federated", arm, regime, stage, "own_topics")]
-             for arm in study.has(regime, stage)]
+    lines = [[f"`{arm}`", level(study.values(arm, regime, "own_topics")),
+              gain(study, arm, "isolated", regime, "own_topics"),
+              gain(study, "federated", arm, regime, "own_topics")]
+             for arm in study.has(regime)]
     return table(f"arm | own topics, {ALL} | minus `isolated`, seeds better | "
                  "`federated` minus it, seeds better", lines)
 
 
-def detail_table(study: Study, regime: str, stage: str) -> list[str]:
+def detail_table(study: Study, regime: str) -> list[str]:
     """The same arms: means over seeds, but for the median of seconds."""
     lines = []
-    for arm in study.has(regime, stage):
-        rows = study.cell(arm, regime, stage).values()
+    for arm in study.has(regime):
+        rows = study.cell(arm, regime).values()
         agents = len(next(iter(rows))["judge_agents"].split("/"))
-        mean = {name: study.values(arm, regime, stage, name).mean()
+        mean = {name: study.values(arm, regime, name).mean()
                 for name in ("worst_agent", "bytes", "judge_best")}
-        learned = [f"{study.values(arm, regime, stage, name).mean():.{digits}f}"
+        learned = [f"{study.values(arm, regime, name).mean():.{digits}f}"
                    if next(iter(rows))[name] else "–"
                    for name, digits in (("reward_final", 2), ("kl_initial", 1))]
         lines.append([f"`{arm}`", str(len(rows)),
                       f"{mean['worst_agent']:.2f}" if agents > 1 else "–",
-                      f"{mean['judge_best']:.2f}", falls(study, arm, regime, stage), *learned,
+                      f"{mean['judge_best']:.2f}", falls(study, arm, regime), *learned,
                       f"{mean['bytes'] / agents / 1e6:.0f}",
-                      f"{np.median(study.values(arm, regime, stage, 'seconds')):.0f}"])
+                      f"{np.median(study.values(arm, regime, 'seconds')):.0f}"])
     return table("arm | seeds | worst agent | best score of the run | "
                  "seeds that end more than 0.05 below it | own reward | KL to initial, nats | "
                  "MB received by an agent | median seconds", lines)
 
 
-def falls(study: Study, arm: str, regime: str, stage: str) -> str:
-    fallen = study.values(arm, regime, stage, fall)
+def falls(study: Study, arm: str, regime: str) -> str:
+    fallen = study.values(arm, regime, fall)
     return f"{int((fallen > 0.05).sum())} of {len(fallen)}"
 
 
-def goal_table(study: Study, regime: str, stage: str) -> list[str]:
+def goal_table(study: Study, regime: str) -> list[str]:
     """The questions that were asked beforehand."""
-    names = [arm for arm in ("federated", "merged", "fedavg") if arm in study.has(regime, stage)]
-    if not names or "isolated" not in study.has(regime, stage):
+    names = [arm for arm in ("federated", "merged", "fedavg") if arm in study.has(regime)]
+    if not names or "isolated" not in study.has(regime):
         return []
     lines = [[f"{when} minus `isolated`, seeds better",
-              *(gain(study, name, "isolated", regime, stage, column) for name in names)]
+              *(gain(study, name, "isolated", regime, column) for name in names)]
              for when, column in ((HALF, "judge_half"), (ALL, "judge_final"))]
     lines += [[f"{ALL} minus `{arm}`, seeds better",
-               *(gain(study, name, arm, regime, stage) for name in names)]
+               *(gain(study, name, arm, regime) for name in names)]
               for arm in ("classic", "isolated 4x batch", "fedavg", "centralized", "feddpo")
-              if arm in study.has(regime, stage)]
+              if arm in study.has(regime)]
     lines += [[f"median updates to the score of `isolated` {when} (in brackets: itself)",
-               *(catch_up(study, name, "isolated", regime, stage, part) for name in names)]
+               *(catch_up(study, name, "isolated", regime, part) for name in names)]
               for when, part in ((HALF, 0.5), (ALL, 1.0))]
     lines.append(["seeds that end more than 0.05 below the best score of the run",
-                  *(falls(study, name, regime, stage) for name in names)])
+                  *(falls(study, name, regime) for name in names)])
     lines.append(["single agents that end below themselves in `isolated`; mean gain by agent",
-                  *(worse_agents(study, name, regime, stage) for name in names)])
+                  *(worse_agents(study, name, regime) for name in names)])
     return table("question | " + " | ".join(f"`{name}`" for name in names), lines)
 
 
-def catch_up(study: Study, arm: str, other: str, regime: str, stage: str, part: float) -> str:
+def catch_up(study: Study, arm: str, other: str, regime: str, part: float) -> str:
     """Median over seeds of the updates at which `arm` first has the score that `other` has after
     `part` of its own on the same seed, and that of `other` itself."""
-    first, second = (study.cell(name, regime, stage) for name in (arm, other))
+    first, second = (study.cell(name, regime) for name in (arm, other))
     if not first.keys() & second.keys():
         return "–"
     both = []
@@ -303,11 +302,11 @@ def catch_up(study: Study, arm: str, other: str, regime: str, stage: str, part: 
     return f"{reached} ({own})"
 
 
-def worse_agents(study: Study, arm: str, regime: str, stage: str) -> str:
+def worse_agents(study: Study, arm: str, regime: str) -> str:
     """How many agents end below themselves in `isolated`, and the mean gain of each."""
-    agents = range(len(next(iter(study.cell(arm, regime, stage).values()))["judge_agents"]
+    agents = range(len(next(iter(study.cell(arm, regime).values()))["judge_agents"]
                        .split("/")))
-    both = [study.pairs(arm, "isolated", regime, stage, of_agents([n])) for n in agents]
+    both = [study.pairs(arm, "isolated", regime, of_agents([n])) for n in agents]
     apart = np.array([first - second for first, second in both])  # [N, S]
     return (f"{int((apart < 0).sum())} of {apart.size}; " +
             ", ".join(f"{mean:+.2f}" for mean in apart.mean(1)))
@@ -315,15 +314,15 @@ def worse_agents(study: Study, arm: str, regime: str, stage: str) -> str:
 
 def regime_table(study: Study, column: str = "judge_final") -> list[str]:
     """The level of `isolated` in each regime, and the difference of others on the same seeds: the
-    first ELSEWHERE of the reported ones."""
+    first ELSEWHERE."""
     lines = []
-    for regime in [regime for regime in study.regimes if "isolated" in study.has(regime, "reported")
+    for regime in [regime for regime in study.regimes if "isolated" in study.has(regime)
                    and regime != "own prompts"]:
-        alone = study.values("isolated", regime, "reported", column)
+        alone = study.values("isolated", regime, column)
         lines.append([regime, f"{plot.iqm(alone[:ELSEWHERE]):.2f}"])
         half = "judge_half" if column == "judge_final" else own_half
         for arm, columns in (("federated", (half, column)), ("fedavg", (column,))):
-            lines[-1] += [difference(study.pairs(arm, "isolated", regime, "reported", name)
+            lines[-1] += [difference(study.pairs(arm, "isolated", regime, name)
                                      [:, :ELSEWHERE]) for name in columns]
     return table(f"regime | `isolated`, {ALL} | `federated` minus it, {HALF}, seeds better | {ALL} "
                  f"| `fedavg` minus it, {ALL}, seeds better", lines)
@@ -332,23 +331,23 @@ def regime_table(study: Study, column: str = "judge_final") -> list[str]:
 def mixed_table(study: Study) -> list[str]:
     """Two sizes of model in one federation: the small agents, the large ones, and all."""
     lines, regime = [], "mixed sizes"
-    if "isolated" not in study.has(regime, "reported"):
+    if "isolated" not in study.has(regime):
         return []
     for name, agents in (("small", SMALL), ("large", LARGE), ("all", (*SMALL, *LARGE))):
         column = of_agents(agents)
-        lines.append([name, *(f"{plot.iqm(study.values(arm, regime, 'reported', column)):.2f}"
+        lines.append([name, *(f"{plot.iqm(study.values(arm, regime, column)):.2f}"
                               for arm in ("isolated", "federated")),
-                      gain(study, "federated", "isolated", regime, "reported", column)])
+                      gain(study, "federated", "isolated", regime, column)])
     return table(f"agents | `isolated`, {ALL} | `federated` | difference, seeds better", lines)
 
 
 def community_table(study: Study) -> list[str]:
     """Two communities: by the common truth, and each agent by its own community's."""
     lines, regime, columns = [], "two communities", ("judge_final", "own_truth")
-    for arm in study.has(regime, "reported"):
-        lines.append([f"`{arm}`", *(f"{plot.iqm(study.values(arm, regime, 'reported', column)):.2f}"
+    for arm in study.has(regime):
+        lines.append([f"`{arm}`", *(f"{plot.iqm(study.values(arm, regime, column)):.2f}"
                                     for column in columns),
-                      *(gain(study, arm, "isolated", regime, "reported", column)
+                      *(gain(study, arm, "isolated", regime, column)
                         for column in columns)])
     return table("arm | common truth | own truth | common, minus `isolated` | "
                  "own, minus `isolated`", lines)
@@ -360,10 +359,10 @@ def variant_table(study: Study) -> list[str]:
     for name in [arm for arm in study.arms if "," in arm]:
         arm, change = name.split(", ")
         for regime in study.regimes:
-            if len(study.cell(name, regime, "reported")) > 1:
-                final = plot.iqm(study.values(name, regime, "reported", "judge_final"))
+            if len(study.cell(name, regime)) > 1:
+                final = plot.iqm(study.values(name, regime, "judge_final"))
                 lines.append([f"`{arm}`", change, regime, f"{final:.2f}",
-                              *(gain(study, name, arm, regime, "reported", column)
+                              *(gain(study, name, arm, regime, column)
                                 for column in ("judge_half", "judge_final"))])
     return table(f"arm | changed to | regime | {ALL} | minus the arm itself, {HALF} | {ALL}", lines)
 
@@ -372,19 +371,17 @@ def failure_table(study: Study) -> list[str]:
     """Every comparison of `federated` with another arm, but those that are it in part, in which the
     band of its gain is not above 0.
 
-    The headlines on the confirmation seeds, the other regimes on the reported ones; scores over all
-    topics, on the agent's own topics, and by the own truth of communities.
+    Scores over all topics, on the agent's own topics, and by the own truth of communities.
     """
     lines = []
     for regime in [regime for regime in study.regimes if regime != "pairs alone"]:
-        stage = "confirm" if regime in HEADLINES else "reported"
         columns = {"judge_half": f", {HALF}", "judge_final": f", {ALL}",
                    "own_topics": f", own topics, {ALL}"}
         if regime == "two communities":
             columns["own_truth"] = ", own truth"
         for column, words in columns.items():
-            for arm in [arm for arm in study.has(regime, stage) if "federated" not in arm]:
-                both = study.pairs("federated", arm, regime, stage, column)
+            for arm in [arm for arm in study.has(regime) if "federated" not in arm]:
+                both = study.pairs("federated", arm, regime, column)
                 if both.shape[-1] > 1 and plot.paired_difference(*both)[1] <= 0:
                     lines.append([f"`{arm}`", regime + words, difference(both)])
     return table("`federated` minus | regime | difference, seeds better", lines)
@@ -416,20 +413,18 @@ def tables(study: Study) -> str:
     lines = ["# Tables of the study", "", INTRODUCTION, "",
              f"{runs} runs, {diverged} of them diverged and are left out; {hours:.1f} hours of PPO "
              "updates and DPO steps on one core."]
-    sections = {"In short, confirmation seeds": short_table(study)}
-    for stage, seeds in (("confirm", "confirmation seeds"), ("reported", "reported seeds")):
-        for regime in HEADLINES[::-1]:
-            words = f"{regime}, {seeds}"
-            sections |= {f"Scores, {words}": headline_table(study, regime, stage),
-                         f"Questions, {words}": goal_table(study, regime, stage),
-                         f"Details, {words}": detail_table(study, regime, stage),
-                         f"Own topics, {words}": topic_table(study, regime, stage)}
+    sections = {"In short": short_table(study)}
+    for regime in HEADLINES[::-1]:
+        sections |= {f"Scores, {regime}": headline_table(study, regime),
+                     f"Questions, {regime}": goal_table(study, regime),
+                     f"Details, {regime}": detail_table(study, regime),
+                     f"Own topics, {regime}": topic_table(study, regime)}
     sections |= {
-        "Regimes, reported seeds": regime_table(study),
-        "Regimes, on the agent's own topics, reported seeds": regime_table(study, "own_topics"),
-        "Mixed sizes, reported seeds": mixed_table(study),
-        "Two communities, reported seeds": community_table(study),
-        "Variants, reported seeds": variant_table(study),
+        "Regimes": regime_table(study),
+        "Regimes, on the agent's own topics": regime_table(study, "own_topics"),
+        "Mixed sizes": mixed_table(study),
+        "Two communities": community_table(study),
+        "Variants": variant_table(study),
         "No gain, or a loss": failure_table(study)}
     for title, rows in sections.items():
         if len(rows) > 2:  # else its runs are still to come
@@ -444,7 +439,7 @@ def draw(study: Study, folder: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
     pictures = {"curves": draw_curves}
-    if study.has("mixed sizes", "reported"):  # else its runs are still to come
+    if study.has("mixed sizes"):  # else its runs are still to come
         pictures |= {"mixed": draw_mixed, "forest": draw_forest}
     with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "fedppo", "svg.fonttype": "path"}):
         for name, make in pictures.items():
@@ -479,14 +474,13 @@ def band(axes, rows: list[dict], arm: str, agents: Sequence[int] | None = None) 
 
 
 def draw_curves(figure, study: Study) -> None:
-    """Judge's score against updates in both headlines, on the latest seeds that there are."""
+    """Judge's score against updates in both headlines."""
     figure.set_size_inches(10, 4.8)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, regime in zip(panels, HEADLINES[::-1], strict=True):
-        stage = "confirm" if study.has(regime, "confirm") else "reported"
-        seeds = len(study.cell("isolated", regime, stage))
+        seeds = len(study.cell("isolated", regime))
         for arm in ("isolated", "federated", "merged", "fedavg"):
-            rows = list(study.cell(arm, regime, stage).values())
+            rows = list(study.cell(arm, regime).values())
             if len(rows) > 1:
                 band(axes, rows, arm)
         plain(axes, "PPO updates per agent",
@@ -504,14 +498,14 @@ def draw_mixed(figure, study: Study) -> None:
             panels, (SMALL, LARGE), ("the two agents of 0.12 million weights",
                                      "the two agents of 0.37 million weights"), strict=True):
         for arm in ("isolated", "federated"):
-            rows = list(study.cell(arm, "mixed sizes", "reported").values())
+            rows = list(study.cell(arm, "mixed sizes").values())
             if len(rows) > 1:
                 band(axes, rows, arm, agents)
         plain(axes, "PPO updates per agent",
               "judge's score on held-out prompts" if axes is panels[0] else "")
         axes.set_title(words, fontsize=12)
     legend(figure, panels[0], ncols=2, handlelength=4)
-    seeds = len(study.cell("isolated", "mixed sizes", "reported"))
+    seeds = len(study.cell("isolated", "mixed sizes"))
     figure.suptitle(f"Two sizes of model in one federation, common prompts, {seeds} seeds: "
                     "interquartile mean, 95 % bootstrap band", fontsize=12)
 
@@ -521,14 +515,14 @@ def draw_forest(figure, study: Study) -> None:
     rows = [(regime, "judge_final", regime) for regime in study.regimes]
     rows.append(("two communities", "own_truth", "two communities, own truth"))
     rows = [row for row in rows
-            if study.pairs("federated", "isolated", row[0], "reported", row[1]).shape[-1] > 1]
+            if study.pairs("federated", "isolated", row[0], row[1]).shape[-1] > 1]
     figure.set_size_inches(8.4, 2.2 + 0.6 * len(rows))
     axes = figure.subplots()
     labels = []
     for y, (regime, column, name) in enumerate(rows):
-        labels.append(f"{name} ({len(study.cell('isolated', regime, 'reported'))})")
+        labels.append(f"{name} ({len(study.cell('isolated', regime))})")
         for k, arm in enumerate(("federated", "fedavg")):
-            pairs = study.pairs(arm, "isolated", regime, "reported", column)
+            pairs = study.pairs(arm, "isolated", regime, column)
             if pairs.shape[-1] > 1:
                 mean, low, high = plot.paired_difference(*pairs)
                 color, _, marker = plot.MODE_STYLES[arm]

@@ -1,21 +1,20 @@
 """Does cooperation help, by how much, and where does it not: every run behind the results tables.
 
-    python benchmarks/study.py           all stages; finished runs are not repeated, so it can be
-                                         stopped at any time
+    python benchmarks/study.py           finished runs are not repeated, so it can be stopped at any
+                                         time
     python benchmarks/study.py --quick   a small version in minutes, in runs/study-quick
 
 In reading order
     1. arms and regimes       what is compared, and where: each is a line of fedppo.py's own flags
-    2. stages                 confirm -> reported -> regimes, and their seeds
+    2. jobs                   the headlines, then the other regimes, and their seeds
     3. labels                 how two communities and a flipped annotator label the same pairs
     4. one run                fedppo.train with a list for a log -> one row of study.csv
     5. schedule               one process of one thread per core, rows appended as they are finished
     6. main                   then report.py makes tables.md and the pictures from study.csv alone
 
 The protocol. tune.py finds each arm's settings in both HEADLINES, on the TUNING seeds alone
-(chosen.json). All stages here use these on seeds that no choice was made on. The CONFIRM seeds are
-those of the README; the first report.ELSEWHERE of the REPORTED ones have the other regimes too. A
-study takes hours of two cores.
+(chosen.json). Here they are run on SEEDS, on which no choice was made; the first report.ELSEWHERE
+of them have the other regimes too. A study takes hours of two cores.
 
 A seed redraws every agent's data, reward models, evaluation prompts and sampling, and arms of one
 seed share them (but for the reward models that an arm or regime defines itself: shared,
@@ -112,11 +111,10 @@ ELSEWHERE = {  # regime: its arms, at the settings of common prompts
     "common prompts": [arm for arm in VARIANTS if ", " in arm and "outlier" not in arm],
 }
 
-# ----------------------------------------------------------------------------------------- stages
+# ------------------------------------------------------------------------------------------- jobs
 
 TUNING = range(200, 203)
-REPORTED = range(1100, 1112)
-CONFIRM = range(4000, 4020)
+SEEDS = range(4000, 4020)
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def regimes_of(arm: str) -> tuple[str, ...]:
     return ("pairs alone",) if arm in dpo.ARMS else HEADLINES
 
 
-def headline_jobs(chosen: dict[str, dict], seeds: range) -> list[Job]:
+def headline_jobs(chosen: dict[str, dict], seeds: range = SEEDS) -> list[Job]:
     """Every arm in both HEADLINES, seed by seed, so that an interrupted study has whole ones; those
     that are missed most come first."""
     first = ("isolated", "federated", "merged", "fedavg", "centralized")
@@ -164,7 +162,7 @@ def headline_jobs(chosen: dict[str, dict], seeds: range) -> list[Job]:
 
 def elsewhere_jobs(chosen: dict[str, dict]) -> list[Job]:
     return [chosen_job(chosen, arm, regime, seed) for regime, arms in ELSEWHERE.items()
-            for seed in REPORTED[:report.ELSEWHERE] for arm in arms]
+            for seed in SEEDS[:report.ELSEWHERE] for arm in arms]
 
 
 def chosen_job(chosen: dict[str, dict], arm: str, regime: str, seed: int) -> Job:
@@ -389,15 +387,10 @@ def complete(path: Path, jobs: list[Job], stage: str, processes: int,
 
 # ------------------------------------------------------------------------------------------- main
 
-STAGES = ("confirm", "reported", "regimes")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true",
-                        help="two seeds, 4 and 8 updates in place of 40 and 80; no other stage")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES,
-                        help="default: all, in this order")
+                        help="the headlines on two seeds, 4 and 8 updates for 40 and 80")
     parser.add_argument("--processes", type=int, default=os.cpu_count(),
                         help="processes side by side, of one thread each [one per core]")
     options = parser.parse_args(argv)
@@ -405,18 +398,16 @@ def main(argv: list[str] | None = None) -> int:
     os.chdir(HERE.parent)  # the flags name files of the repository
     results = HERE / "results"
     chosen = json.loads((results / "chosen.json").read_text(encoding="utf-8"))
-    stages = {"confirm": headline_jobs(chosen, CONFIRM),
-              "reported": headline_jobs(chosen, REPORTED), "regimes": elsewhere_jobs(chosen)}
     if options.quick:
         results = Path("runs/study-quick")
         results.mkdir(parents=True, exist_ok=True)
-        quick = headline_jobs(chosen, CONFIRM[:2])
+        quick = headline_jobs(chosen, SEEDS[:2])
         short = [dataclasses.replace(one, flags=f"{one.flags} --rounds 2 --eval-prompts 64")
                  for one in quick]
         complete(results / "study.csv", short, "quick", options.processes)
     else:
-        for stage in options.stages:
-            complete(results / "study.csv", stages[stage], stage, options.processes)
+        jobs = headline_jobs(chosen) + elsewhere_jobs(chosen)
+        complete(results / "study.csv", jobs, "all runs", options.processes)
     print(report.write(results))
     print(f"{time.perf_counter() - started:.0f} s in all")
     return 0

@@ -136,13 +136,13 @@ def test_every_result_stands_in_its_file(text, file, count):
         assert any(band in page for page in made), band
 
 
-def test_the_whole_tables_of_the_confirmation_seeds_are_shown():
+def test_the_whole_tables_of_the_study_are_shown():
     made = (RESULTS / "tables.md").read_text()
     for title in ("Scores, common prompts", "Questions, common prompts", "Scores, own prompts",
                   "Questions, own prompts", "Own topics, own prompts"):
-        table = tables(made.split(f"\n## {title}, confirmation seeds\n")[1])[0]
+        table = tables(made.split(f"\n## {title}\n")[1])[0]
         assert "\n".join(table) in BENCHMARKS, title
-    assert "\n".join(tables(made.split("\n## In short, confirmation seeds\n")[1])[0]) in README
+    assert "\n".join(tables(made.split("\n## In short\n")[1])[0]) in README
 
 
 @pytest.mark.slow

@@ -29,18 +29,14 @@ CHOSEN = {f"{arm}, {regime}": {"settings": {"beta": 0.1 + 0.01 * k, "lr": 1e-3}}
 # ------------------------------------------------------------------------------------ the protocol
 
 
-def test_no_seed_serves_two_stages():
-    stages = [set(study.TUNING), set(study.REPORTED), set(study.CONFIRM)]
-    assert len(set.union(*stages)) == sum(map(len, stages))
-    assert len(study.REPORTED) >= 12 and len(study.CONFIRM) >= 20 and report.ELSEWHERE >= 8
-    for stage, seeds in (("reported", study.REPORTED), ("confirm", study.CONFIRM)):
-        of_stage = set(report.STAGES[stage])
-        assert set(seeds) <= of_stage and not set(study.TUNING) & of_stage
+def test_no_tuning_seed_stands_in_a_table():
+    assert not set(study.TUNING) & set(study.SEEDS)
+    assert len(study.SEEDS) >= 20 and report.ELSEWHERE >= 6
 
 
 def test_the_flags_of_every_job_are_fedppos_and_say_what_its_names_do(monkeypatch):
     monkeypatch.chdir(study.HERE.parent)
-    jobs = study.headline_jobs(CHOSEN, study.REPORTED[:1]) + study.elsewhere_jobs(CHOSEN)
+    jobs = study.headline_jobs(CHOSEN, study.SEEDS[:1]) + study.elsewhere_jobs(CHOSEN)
     for job in [job for job in jobs if job.arm not in dpo.ARMS]:
         s, (of, changes) = study.parse(job.flags), study.VARIANTS.get(job.arm, (job.arm, {}))
         settings = study.ARMS[of] | study.REGIMES[job.regime] | changes
@@ -56,17 +52,17 @@ def test_the_flags_of_every_job_are_fedppos_and_say_what_its_names_do(monkeypatc
 
 
 def test_every_run_uses_what_was_chosen_for_its_arm():
-    jobs = [*study.headline_jobs(CHOSEN, study.CONFIRM), *study.elsewhere_jobs(CHOSEN)]
+    jobs = [*study.headline_jobs(CHOSEN), *study.elsewhere_jobs(CHOSEN)]
     for job in jobs:
         of = study.VARIANTS.get(job.arm, (job.arm,))[0]
         beta = 0.1 + 0.01 * list(study.ARMS).index(of)
         assert float(report.flag({"settings": job.flags}, "--beta")) == pytest.approx(beta)
-    counts = Counter((job.arm, job.regime) for job in jobs if job.seed in study.CONFIRM)
-    assert counts == {(arm, regime): 20 for arm in (*study.ARMS, "isolated 4x batch")
-                      for regime in study.regimes_of(arm)}
-    counts = Counter((job.arm, job.regime) for job in jobs if job.seed in study.REPORTED)
-    assert set(counts.values()) == {8} and len(set(jobs)) == len(jobs)
-    assert {regime for _, regime in counts} == {*study.REGIMES} - {"own prompts", "pairs alone"}
+    counts = Counter((job.arm, job.regime) for job in jobs)
+    headlines = {(arm, regime): 20 for arm in (*study.ARMS, "isolated 4x batch")
+                 for regime in study.regimes_of(arm)}
+    assert len(set(jobs)) == len(jobs) and headlines.items() <= counts.items()
+    assert {counts[cell] for cell in counts.keys() - headlines.keys()} == {6}
+    assert {regime for _, regime in counts} == {*study.REGIMES}
     chosen = CHOSEN | {"federated, common prompts": {"settings": {"beta": 4.0, "lr": 1e-3}}}
     for job in study.elsewhere_jobs(chosen):
         of = study.VARIANTS.get(job.arm, (job.arm,))[0]
@@ -77,10 +73,9 @@ def test_the_shipped_results_are_of_the_runs_that_are_asked_for():
     """By their flags: none is of another time."""
     chosen = json.loads((RESULTS / "chosen.json").read_text())
     done = [study.key(row) for row in study.load(RESULTS / "study.csv")]
-    wanted = {*study.headline_jobs(chosen, study.CONFIRM),
-              *study.headline_jobs(chosen, study.REPORTED), *study.elsewhere_jobs(chosen)}
+    wanted = {*study.headline_jobs(chosen), *study.elsewhere_jobs(chosen)}
     assert set(done) <= wanted and len(set(done)) == len(done)
-    assert all(("federated", regime, study.CONFIRM[0]) in
+    assert all(("federated", regime, study.SEEDS[0]) in
                {(job.arm, job.regime, job.seed) for job in done} for regime in study.HEADLINES)
 
 
@@ -262,9 +257,9 @@ PLUS = {"isolated": 0.0, "federated": 0.3, "fedavg": 0.6, "merged": 0.3, "feddpo
 def results(folder: Path) -> Path:
     """8 seeds, each arm above `isolated` by PLUS on every one, and one run diverged."""
     of = [(arm, regime, seed) for arm in ("isolated", "federated", "fedavg", "merged")
-          for regime in study.HEADLINES for seed in (*range(1100, 1108), *range(4000, 4008))]
-    of += [("feddpo", "pairs alone", seed) for seed in (*range(1100, 1108), *range(4000, 4008))]
-    of += [(arm, regime, seed) for seed in range(1100, 1108) for arm, regime in (
+          for regime in study.HEADLINES for seed in range(4000, 4008)]
+    of += [("feddpo", "pairs alone", seed) for seed in range(4000, 4008)]
+    of += [(arm, regime, seed) for seed in range(4000, 4008) for arm, regime in (
         ("isolated", "mixed sizes"), ("federated", "mixed sizes"), ("isolated", "8 agents"),
         ("federated", "8 agents"), ("isolated", "two communities"),
         ("federated in communities", "two communities"), ("federated, both", "common prompts"))]
@@ -278,7 +273,7 @@ def results(folder: Path) -> Path:
             "judge_best": str(final + (0.06 if job.arm == "merged" else 0)),
             "worst_agent": str(final), "judge_curve": curve, "own_curve": curve,
             "judge_agents": "/".join([curve] * 4)})
-    diverged = study.job("isolated", "own prompts", 1109, TUNED)
+    diverged = study.job("isolated", "own prompts", 4009, TUNED)
     made.append(fake_run(diverged) | {"judge_final": ""})
     study.save(folder / "study.csv", made)
     return folder
@@ -292,25 +287,23 @@ def test_tables_and_pictures_of_a_known_study(tmp_path):
     def part(title: str) -> str:
         return text.split(f"## {title}\n")[1].split("##")[0]
     of_all = "+0.30 [+0.30, +0.30], 8 of 8"
-    scores = part("Scores, common prompts, confirmation seeds")
+    scores = part("Scores, common prompts")
     assert "| `federated` | 0.2, 0.001, –, – | 0.62" in scores, "0.835 / 2 + 0.2"
     assert "| +0.15 [+0.15, +0.15], 8 of 8 | 0.8" in scores and f"] | {of_all} | – |" in scores
     assert "| `feddpo` | 0.2, 0.001, –, – |" in scores, "DPO stands in both headlines"
     assert "| -0.30 [-0.30, -0.30], 0 of 8 |" in scores, "federated minus fedavg"
-    asked = part("Questions, own prompts, confirmation seeds")
+    asked = part("Questions, own prompts")
     reached = "the score of `isolated` after {} (in brackets: itself) | 4 ({})"
     assert reached.format("40 updates", 4) in asked and reached.format("80", 8) in asked
     assert "more than 0.05 below the best score of the run | 0 of 8 | 8 of 8 | 0 of 8 |" in asked
     assert "| 0 of 32; +0.30, +0.30, +0.30, +0.30 |" in asked
-    mixed = part("Mixed sizes, reported seeds")
+    mixed = part("Mixed sizes")
     assert "| small | 0.54 | 0.8" in mixed and mixed.count(f"| {of_all} |") == 3
-    assert "| `federated` | both | common prompts | 0.73 | -0.05" in part(
-        "Variants, reported seeds")
+    assert "| `federated` | both | common prompts | 0.73 | -0.05" in part("Variants")
     assert "| `fedavg` | common prompts, after 80 | -0.30 [-0.30, -0.30], 0 of 8 |" in part(
         "No gain, or a loss")
-    assert "| 8 agents | 0.54 | +0.15" in part("Regimes, reported seeds")
-    assert "| `federated in communities` | 0.94 | 1.00 | +0.40" in part(
-        "Two communities, reported seeds")
+    assert "+0.15 [+0.15, +0.15], 6 of 6 | +0.30 [+0.30, +0.30], 6 of 6 | – |" in part("Regimes")
+    assert "| `federated in communities` | 0.94 | 1.00 | +0.40" in part("Two communities")
     for name in ("curves", "mixed", "forest"):
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000
         assert (tmp_path / f"{name}.svg").exists()
@@ -319,7 +312,7 @@ def test_tables_and_pictures_of_a_known_study(tmp_path):
 def test_single_seeds_have_no_table_and_two_settings_of_one_run_are_an_error(tmp_path):
     path = results(tmp_path) / "study.csv"
     rows = study.load(path)
-    study.save(path, [row for row in rows if row["seed"] == "1100"])
+    study.save(path, [row for row in rows if row["seed"] == "4000"])
     assert "##" not in report.tables(report.Study(tmp_path)), "no differences of single seeds"
     study.save(path, [*rows, rows[0] | {"settings": rows[0]["settings"] + " --clip 0.1"}])
     with pytest.raises(ValueError, match="stands twice"):
