@@ -317,21 +317,17 @@ def table(summary: dict) -> str:
 def _styles(modes: list[str]) -> list[tuple]:
     """(colour, line, marker) of each curve, no two alike. modes: of the curves, in their order.
 
-    A mode's first curve has the mode's own style, its later ones (of other runs) take spare ones.
+    A mode has one colour in every picture; its later curves, of other runs, have another line and
+    marker.
     """
     every = [*MODE_STYLES.values(), *SPARE_STYLES]
-    before = [modes[:i].count(mode) for i, mode in enumerate(modes)]  # earlier curves of its mode
-    own = [mode in MODE_STYLES and not n for mode, n in zip(modes, before, strict=True)]
-    spare = SPARE_STYLES + [style for mode, style in MODE_STYLES.items() if mode not in modes]
-    if own.count(False) <= len(spare):
-        rest = iter(spare)
-        return [MODE_STYLES[mode] if first else next(rest)
-                for mode, first in zip(modes, own, strict=True)]
-    # Too many for a colour each: a mode keeps its colour, and each run has another line and marker.
     order = list(dict.fromkeys([*MODE_STYLES, *modes]))
-    places = [order.index(mode) for mode in modes]
-    return [(every[place % len(every)][0], *every[(place + n) % len(every)][1:])
-            for place, n in zip(places, before, strict=True)]
+    styles = []
+    for i, mode in enumerate(modes):
+        place, earlier = order.index(mode), modes[:i].count(mode)
+        line, marker = every[(place + earlier) % len(every)][1:]
+        styles.append((every[place % len(every)][0], line, marker))
+    return styles
 
 
 def _draw_curve(axes, rows: list[dict], mode: str, key: str, style: tuple, label: str) -> int:

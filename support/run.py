@@ -263,7 +263,7 @@ class Run:
         """The arm's training begins now -> what fedppo.train goes on from, if the last checkpoint
         is of this arm: given once."""
         self.bar.unpause()  # the time left is that of training, without what prepares it
-        self.bar.set_description(f"{mode} seed {seed}")
+        self.bar.set_description(f"{mode} seed {seed}, judging the start")
         self.since = time.monotonic()
         if (self.last.get("seed"), self.last.get("mode")) != (seed, mode):
             return None

@@ -52,8 +52,8 @@ class Settings:
 
     agents: int = setting(4, "number of agents N", group="run")
     mode: tuple[str, ...] = setting(
-        ("federated",), "one or more, run one after the other on the same seeds and data",
-        group="run")
+        ("federated",), "one or more of those below, run one after the other on the same seeds "
+        "and data", group="run")
     seeds: tuple[int, ...] = setting(
         (0,), "one or more; a seed redraws which rows and prompts each agent gets, evaluation "
         "prompts, reward models and sampling", group="run")
@@ -128,11 +128,11 @@ class Settings:
         "self", f"communication matrix of federated and merged: {', '.join(load.MATRICES)} or "
         "FILE.json (N rows of N weights, normalised by row)", group="federation")
     self_weight: float | None = setting(
-        None, "weight of an agent's own reference in self, ring and star (default in tiny: the "
-        "mode's own)", pythia=0.4, group="federation")
+        None, "weight of an agent's own reference in self, ring and star", pythia=0.4,
+        group="federation")
     anchor: float | None = setting(
-        None, "weight of the initial policy in every reference, 0 to 1; in classic it is 1 "
-        "(default in tiny: the mode's own)", pythia=0.1, group="federation")
+        None, "weight of the initial policy in every reference, 0 to 1; in classic it is 1",
+        pythia=0.1, group="federation")
     participation: float = setting(
         1.0, "probability that an agent takes part in an exchange; an absent one trains on, and "
         "neither sends nor receives", group="federation")
@@ -150,8 +150,7 @@ class Settings:
     micro_batch: int = setting(
         32, "most rows in one forward; memory only, results to rounding; 0: 4 on a CPU, else 64",
         pythia=0, group="PPO")
-    lr: float | None = setting(None, "Adam learning rate (default in tiny: the mode's own)",
-                               pythia=1e-5, group="PPO")
+    lr: float | None = setting(None, "Adam learning rate", pythia=1e-5, group="PPO")
     lr_schedule: str = setting("constant", "of the learning rate over the whole run",
                                pythia="linear", group="PPO", choices=("constant", "linear"))
     clip: float = setting(
@@ -159,8 +158,7 @@ class Settings:
         "value", group="PPO")
 
     beta: float | None = setting(
-        None, "KL coefficient, score per nat (default in tiny: the mode's own)", pythia=0.05,
-        group="KL penalty")
+        None, "KL coefficient, score per nat", pythia=0.05, group="KL penalty")
     penalty: str = setting(
         "exact-in-loss", "KL's estimator and where it is charged; both: exact in the loss, later "
         "states' in the reward; k3-in-loss follows the gradient of KL(reference||policy)",
@@ -253,9 +251,7 @@ def parser(modes: dict) -> Parser:
     groups = {group: made.add_argument_group(group)
               for group in dict.fromkeys(field.metadata["group"] for field in FIELDS.values())}
     for name, field in FIELDS.items():
-        values = [show(PRESETS[preset][name]) for preset in PRESETS]
-        shown = values[0] if len(set(values)) == 1 else "tiny: {}; pythia-70m: {}".format(*values)
-        text = f"{field.metadata['help']} [{shown}]".replace("%", "%%")
+        text = f"{field.metadata['help']}{usual(name)}".replace("%", "%%")
         choices = tuple(modes) if name == "mode" else field.metadata["choices"]
         if field.type == bool | None:
             options = {"action": argparse.BooleanOptionalAction}
@@ -264,7 +260,7 @@ def parser(modes: dict) -> Parser:
             optional = isinstance(field.type, types.UnionType)
             kind = typing.get_args(field.type)[0] if many or optional else field.type
             options = {"type": kind, "nargs": "+" if many else None, "choices": choices or None,
-                       "metavar": None if choices else name.upper()}
+                       "metavar": None if choices and name != "mode" else name.upper()}
         groups[field.metadata["group"]].add_argument(flag(name), help=text, **options)
     groups["run"].add_argument("--resume", metavar="RUN", help="continue an interrupted run: its "
                                "folder, and none of its settings")
@@ -277,6 +273,16 @@ def parser(modes: dict) -> Parser:
                        }.items():
         groups["run"].add_argument(flag(name), action="store_true", help=help)
     return made
+
+
+def usual(name: str) -> str:
+    """A setting's defaults, as --help shows them."""
+    values = ["each mode's own" if PRESETS[preset][name] is None else show(PRESETS[preset][name])
+              for preset in PRESETS]
+    if set(values) == {"none"}:
+        return ""
+    return f" [{values[0]}]" if len(set(values)) == 1 else " [tiny: {}; pythia-70m: {}]".format(
+        *values)
 
 
 def choose_preset(given: dict) -> tuple[str, str]:
@@ -348,14 +354,19 @@ def check_combinations(s: Settings, modes: dict) -> None:
     if 0 < s.outlier < 1:
         raise UserError(f"--outlier {s.outlier:g} would leave out the median peer: it must be at "
                         "least 1, or 0 for off")
-    listening = [name for name in s.mode if modes[name].listens]
-    if s.outlier and not listening:
-        raise UserError("--outlier chooses among the policies that --mode federated and merged "
-                        f"exchange, and has no part in {show(s.mode)}")
-    if s.participation < 1 and not any(modes[name].exchanges for name in s.mode):
-        raise UserError(f"--participation {s.participation:g} is of exchanges, of which "
-                        f"{show(s.mode)} has none")
-    deaf = [name for name in listening if not modes[name].moves]
+    weighted = s.topology in ("self", "ring", "star")
+    heeds = {  # what a mode must have for a flag to mean anything in it
+        "topology": lambda row: row.topology is None,
+        "self_weight": lambda row: row.topology is None and weighted,
+        "rule": lambda row: row.rule is None and row.anchor != 1,
+        "anchor": lambda row: row.anchor != 1,
+        "participation": lambda row: row.exchanges, "outlier": lambda row: row.listens}
+    for name, heeded in heeds.items():
+        value = getattr(s, name)
+        if value != PRESETS[s.preset][name] and not any(heeded(modes[mode]) for mode in s.mode):
+            where = "" if weighted or name != "self_weight" else f" with --topology {s.topology}"
+            raise UserError(f"{flag(name)} {value} has no part in --mode {show(s.mode)}{where}")
+    deaf = [name for name in s.mode if modes[name].listens and not modes[name].moves]
     if s.anchor == 1 and deaf:
         raise UserError(f"--anchor 1 leaves {show(tuple(deaf))} no peer to listen to: that is "
                         "--mode classic")

@@ -72,6 +72,11 @@ WRONG = {  # flags: what the error says
     "--no-such-flag 3": ["--no-such-flag"], "stray": ["stray"],
     "--agent 3": ["--agent"],  # a flag added later must not change what an abbreviation means
     "--participation 0.5 --mode isolated classic": ["--participation 0.5", "isolated classic"],
+    "--topology ring --mode fedavg isolated": ["--topology ring has no part", "fedavg isolated"],
+    "--anchor 0.3 --mode classic": ["--anchor 0.3 has no part in --mode classic"],
+    "--rule sum --mode fedavg classic": ["--rule sum has no part"],
+    "--self-weight 0.3 --mode fedavg": ["--self-weight 0.3 has no part in --mode fedavg"],
+    "--self-weight 0.3 --topology uniform": ["--self-weight 0.3", "with --topology uniform"],
     "--split-column tone": ["no value in --split-column tone", "prompt, chosen, rejected"],
     "--topology rings": ["rings", "ring"]}  # the kinds there are
 # Estimator and place of the penalty are one setting: what would be wrong cannot be said.

@@ -362,6 +362,8 @@ def test_no_two_curves_look_alike(runs):
         styles = plot._styles(list(modes) * runs)
         assert len(set(styles)) == len(styles) == runs * len(modes)
         assert styles[:len(modes)][:6] == [plot.MODE_STYLES[mode] for mode in modes[:6]]
+        colours = {(mode, style[0]) for mode, style in zip(modes * runs, styles, strict=True)}
+        assert len(colours) == len(modes), "a mode has one colour"
 
 
 def test_main_draws_and_prints(tmp_path, capsys, monkeypatch):

@@ -51,8 +51,10 @@ def test_each_setting_stands_in_the_help_with_both_presets_values(capsys):
     text = "".join(printed.out.split())
     assert stop.value.code == 0 and printed.err == "" and str(HOME) not in text
     for name, field in FIELDS.items():
-        tiny, pythia = ("".join(settings.show(PRESETS[preset][name]).split()) for preset in PRESETS)
+        tiny, pythia = ("eachmode'sown" if PRESETS[preset][name] is None else
+                        "".join(settings.show(PRESETS[preset][name]).split()) for preset in PRESETS)
         shown = f"[{tiny}]" if tiny == pythia else f"[tiny:{tiny};pythia-70m:{pythia}]"
+        shown = "" if shown == "[none]" and PRESETS["tiny"][name] != "none" else shown
         described = "".join(field.metadata["help"].split())
         assert described + shown in text[text.index(flag(name)):], name
 
