@@ -45,7 +45,7 @@ import kl
 import policies
 import ppo_core
 from data import UserError, generator
-from support import fast, load, preflight, start
+from support import clock, fast, load, preflight, start
 from support.load import MATRICES
 from support.run import Run, Stopped, print_anything, stoppable
 from support.settings import Command, Settings, parse
@@ -204,8 +204,9 @@ class Agent:
         self.optimizer.param_groups[0]["lr"] = metrics["lr"]
         self.done += 1
         try:
-            metrics |= ppo_core.optimise(self.policy, self.optimizer, rollout, weights, s.beta, s,
-                                         self.streams["minibatches"])
+            metrics |= clock.timed("optimisation")(ppo_core.optimise)(
+                self.policy, self.optimizer, rollout, weights, s.beta, s,
+                self.streams["minibatches"])
         except FloatingPointError as error:
             self.diverged = (
                 f"agent {self.index} diverged in update {self.done}: {error} (reward "
@@ -215,6 +216,7 @@ class Agent:
         seconds = time.perf_counter() - started
         return metrics | {"episodes": self.episodes, "seconds": seconds}
 
+    @clock.timed("scoring")
     def next_rollout(
         self, references: list[ppo_core.Policy], weights: torch.Tensor
     ) -> tuple[ppo_core.Rollout, torch.Tensor, str | None]:
@@ -230,9 +232,8 @@ class Agent:
         def against(references: list[ppo_core.Policy], weights: torch.Tensor) -> ppo_core.Rollout:
             return ppo_core.collect(
                 self.policy, references, weights, world.initial_of(self.index), self.scorer,
-                *prompts,
-                self.settings, eos_id=world.eos_ids, pad_id=world.pad_id, generator=stream,
-                generate=world.generate)
+                *prompts, self.settings, eos_id=world.eos_ids, pad_id=world.pad_id,
+                generator=stream, generate=clock.timed("rollouts")(world.generate))
 
         rollout = against(references, weights)
         if (rollout.kl.abs() < policies.MAX_NATS)[rollout.mask.bool()].all():  # NaN is not
@@ -266,6 +267,7 @@ class Agent:
 # -------------------------------------------------------------------------- the round, step by step
 
 
+@clock.timed("exchange")
 @torch.no_grad()
 def exchange(
     agents: list[Agent], frozen: list[ppo_core.Policy], present: list[bool]
@@ -305,6 +307,7 @@ def unusable(message: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> 
     return ""
 
 
+@clock.timed("exchange")
 def listen(
     agents: list[Agent], frozen: list[ppo_core.Policy], matrix: torch.Tensor, present: list[bool],
     faults: list[str], mode: Mode,
@@ -436,6 +439,7 @@ def judge(agent: Agent, task: Task, answered: tuple | None = None) -> dict:
     return {"judge": mean(scores), "judge_own": mean(mine), "samples": samples}
 
 
+@clock.timed("judging")
 def answers(agent: Agent, task: Task) -> tuple[list[float], list[dict]]:
     """The agent's answers to the held-out prompts -> (the judge's scores of them, the first four).
 
@@ -535,20 +539,18 @@ def execute(command: Command) -> None:
     response, a file cannot be written, or a resumed run fits other reward models),
     FloatingPointError if training diverges, Stopped at Ctrl-C or SIGTERM.
     """
-    started = time.perf_counter()
+    clock.start()
     s = command.settings
     arms = {mode: arm_settings(s, mode) for mode in s.mode}
-    for arm in arms.values():
-        matrix_of(arm)  # what is wrong with a file is said before work is lost
+    names = ("agents", "topology", "rule", "self_weight", "anchor", "beta", "lr")
+    resolved = {mode: {name: getattr(arm, name) for name in names}
+                | {"matrix": matrix_of(arm).tolist()} for mode, arm in arms.items()}
     world, deals = start.load_world(s, command.reason, MODES, arms)
     s = dataclasses.replace(s, response_eos=world.settings.response_eos)  # as it was decided
     if command.check:
         preflight.report(world, make_task(world, s.seeds[0], MODES[s.mode[0]].pooled))
         print("no fatal check failed: run without --check to train")
         return
-    names = ("agents", "topology", "rule", "self_weight", "anchor", "beta", "lr")
-    resolved = {mode: {name: getattr(arm, name) for name in names}
-                | {"matrix": matrix_of(arm).tolist()} for mode, arm in arms.items()}
     with Run(s, command, resolved, deals) as run:
         for seed in s.seeds:
             tasks: dict[bool, Task] = {}  # pooled or not
@@ -567,7 +569,7 @@ def execute(command: Command) -> None:
                 run.save_agents(seed, mode, models, world.tokenizer, world.forbidden, arms[mode])
                 del agents, models  # the next arm needs the memory
         finished = run.finish()
-    print(f"{finished}\n{time.perf_counter() - started:.0f} s in all")
+    print(f"{finished}\n{sum(clock.read().values()):.0f} s in all")
 
 
 def main(argv: list[str] | None = None) -> int:

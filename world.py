@@ -23,6 +23,7 @@ import data
 import ppo_core
 from data import generator
 from support import fast, load, rows
+from support.clock import timed
 from support.settings import FITTED, Settings, decided
 
 # ------------------------------------------------------------------------------------------- World
@@ -234,6 +235,7 @@ def deal_rows(world: World, seed: int) -> tuple[list[str], list[data.Shard], lis
         n_judge=max(2, len(world.pairs) // 4) if s.judge == "heldout" else 0)
 
 
+@timed("reward models")
 def make_task(world: World, seed: int, pooled: bool = False,
               say: Callable[[str], None] = lambda what: None) -> Task:
     """Deal the data and fit the reward models of a seed; pooled: all data to one agent; say: told

@@ -13,6 +13,7 @@ import kl
 import ppo_core
 from data import UserError, generator
 from support import load
+from support.clock import timed
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Check:
         return line if self.passed else f"{line}; {self.cause}"
 
 
+@timed("checks")
 def report(world, task) -> None:
     """Print the preflight list. Raises UserError if a fatal check failed."""
     checks = preflight(world, task)

@@ -43,7 +43,8 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
                      `has no finite log-probs` (`here`: on this agent's prompts), `has another
                      shape`, `the average has no finite log-probs`
 
-summary.json is explained in plot.summarise.
+summary.json is explained in plot.summarise; its `seconds` are those of the process that finished
+the run, by part, from the first line printed to the picture (support/clock.py).
 """
 
 import contextlib
@@ -68,7 +69,7 @@ from tqdm import tqdm
 
 import plot
 from data import UserError
-from support import load
+from support import clock, load
 from support.settings import Settings, as_flags, show, to_resume
 
 KEYS = ("mode", "seed", "agent", "round", "update", "judge", "judge_own", "episodes", "reward",
@@ -235,18 +236,20 @@ class Run:
         if time.monotonic() - self.saved_at >= SECONDS_BETWEEN:
             self.checkpoint(seed, mode, state)
 
+    @clock.timed("checkpoints")
     def checkpoint(self, seed: int, mode: str, state: dict | None) -> None:
         """All that is needed to go on. state: fedppo.train's; None: the arm is finished."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
-        if size > LARGE and "size" not in self.warned:
-            self.warned.add("size")
-            tqdm.write(f"a checkpoint takes {size / 1e9:.1f} GB; the last two are kept in "
-                       f"{self.folder} until the run is finished")
         content = {"seed": seed, "mode": mode, "rows": len(self.rows), "samples": self.samples,
                    "state": state, "fingerprints": self.fingerprints}
         os.fsync(self.lines().fileno())  # no checkpoint speaks of lines that a power cut takes
         # The end of an arm has as many lines as its last round, whose checkpoint it replaces.
-        write_checkpoint(self.folder / f"checkpoint-{len(self.rows):08d}.pt", content)
+        file = self.folder / f"checkpoint-{len(self.rows):08d}.pt"
+        write_checkpoint(file, content)
+        size = file.stat().st_size
+        if size > LARGE and "size" not in self.warned:
+            self.warned.add("size")
+            tqdm.write(f"a checkpoint takes {size / 1e9:.1f} GB; the last two are kept in "
+                       f"{self.folder} until the run is finished")
         for old in self.checkpoints()[:-2]:
             old.unlink()
         self.saved_at = time.monotonic()
@@ -320,6 +323,7 @@ class Run:
 
     # ---- the end of an arm, and of the run
 
+    @clock.timed("agents saved")
     def save_agents(
         self, seed: int, mode: str, models: dict, tokenizer, forbidden: torch.Tensor, s: Settings
     ) -> None:
@@ -340,12 +344,15 @@ class Run:
         self.lines()  # which has no line of what was done and not saved
         summary = plot.summarise(self.rows)
         write_text(self.folder / "samples.md", samples_page(self.samples, self.settings))
-        picture, _ = plot.draw([self.folder], self.folder / "curves.png")
+        picture, _ = clock.timed("picture")(plot.draw)([self.folder], self.folder / "curves.png")
+        summary["seconds"] = clock.read()
         # Last of all: it marks the run as finished.
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         for file in self.folder.glob("checkpoint-*"):  # damaged ones too: nothing needs them now
             file.unlink()
-        lines = [plot.table(summary), "", f"picture   {picture}",
+        parts = sorted(summary["seconds"].items(), key=lambda part: -part[1])
+        spent = ", ".join(f"{name} {seconds:.0f}" for name, seconds in parts if seconds >= 0.5)
+        lines = [plot.table(summary), "", f"seconds   {spent}", f"picture   {picture}",
                  f"samples   {self.folder / 'samples.md'}", f"agents    {self.folder / 'agents'}"]
         s = self.settings
         if "isolated" not in s.mode:
@@ -380,15 +387,6 @@ def read_checkpoint(path: Path) -> dict:
         if damaged := file.testzip():
             raise ValueError(f"its record {damaged} does not match its checksum")
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def tensors_of(node) -> list[torch.Tensor]:
-    """All tensors in a nest of dicts and lists."""
-    if isinstance(node, torch.Tensor):
-        return [node]
-    values = node.values() if isinstance(node, dict) else node
-    return [tensor for value in values for tensor in tensors_of(value)] \
-        if isinstance(node, dict | list | tuple) else []
 
 
 # ------------------------------------------------------------------------------------------- files

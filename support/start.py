@@ -10,10 +10,12 @@ import torch
 
 import data
 from data import UserError
+from support.clock import timed
 from support.settings import Settings, show
 from world import World, deal_rows
 
 
+@timed("loading")
 def load_world(s: Settings, reason: str, modes: dict,
                arms: dict[str, Settings]) -> tuple[World, dict[int, list[dict]]]:
     """Load what all seeds start from, and say what runs on what.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fedppo
-from support import fast, load
+from support import clock, fast, load
 
 ROOT = Path(fedppo.__file__).parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -112,5 +112,4 @@ def test_the_tables_are_of_medians():
 def test_the_main_job_is_measured_by_part():
     short = ["--agents", "2", "--rounds", "2", "--pairs", "20", "--eval-prompts", "8"]
     parts = speed.main_job([*speed.MAIN_JOB, *short])
-    assert set(parts) == {speed.UPDATES, speed.REST}
-    assert 0 < parts[speed.UPDATES] < parts[speed.REST]
+    assert set(parts) == {*clock.PARTS, "imports and end"} and min(parts.values()) > 0

@@ -1,0 +1,56 @@
+"""Where a run's time goes: seconds on the clock by part, every second counted once.
+
+A part within another one takes its seconds from it, so the parts sum to the time since `start`. On
+a GPU a part waits for what it launched, so that the seconds are its own.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+
+PARTS = ("loading", "reward models", "checks", "rollouts", "scoring", "optimisation", "exchange",
+         "judging", "checkpoints", "agents saved", "picture", "rest")
+seconds: dict[str, float] = {}
+_open, _since = ["rest"], time.perf_counter()
+
+
+def start() -> None:
+    """All parts begin at 0."""
+    _turn()
+    seconds.clear()
+    seconds.update(dict.fromkeys(PARTS, 0.0))
+
+
+def timed(part: str) -> Callable:
+    """A decorator: the function's seconds are the part's."""
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def measured(*args, **options):
+            _turn()
+            _open.append(part)
+            try:
+                return function(*args, **options)
+            finally:
+                _turn()
+                _open.pop()
+
+        return measured
+    return decorate
+
+
+def read() -> dict[str, float]:
+    """Seconds of every part since `start`."""
+    _turn()
+    return dict(seconds)
+
+
+def _turn() -> None:
+    """What passed since the last turn is the innermost open part's."""
+    global _since
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    now = time.perf_counter()
+    seconds[_open[-1]] = seconds.get(_open[-1], 0.0) + now - _since
+    _since = now
