@@ -356,11 +356,12 @@ def _pair_scores(model: RewardModel, pairs: list[TokenPair],
 
 
 def fit_reward_model(model: RewardModel, pairs: list[TokenPair], pad_id: int, *, lr: float,
-                     epochs: int, batch: int = 16, generator: torch.Generator) -> float:
+                     epochs: int, batch: int = 16, generator: torch.Generator,
+                     watch: Callable[[int, int], None] = lambda done, steps: None) -> float:
     """Fit by Bradley-Terry -> the mean loss per pair of the last epoch, in nats.
 
     The loss is -log sigmoid(r(chosen) - r(rejected)) (2009.01325, sec. 3.4). Adam with eps 1e-5,
-    `batch` pairs per step, lr decays linearly to 0 over all steps.
+    `batch` pairs per step, lr decays linearly to 0 over all steps. watch: told how far it is.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, eps=1e-5, fused=True)
     steps = epochs * -(-len(pairs) // batch)  # the last, smaller batch is a step too
@@ -375,6 +376,7 @@ def fit_reward_model(model: RewardModel, pairs: list[TokenPair], pad_id: int, *,
             loss.backward()
             optimizer.step()
             schedule.step()
+            watch(schedule.last_epoch, steps)
             loss_sum += loss.item() * len(rows)
     optimizer.zero_grad()  # gradients become None: they would hold as much memory as the model
     return loss_sum / len(pairs)

@@ -14,6 +14,7 @@ Dimension key: B rows, Q prompt tokens (left-padded).
 import copy
 import dataclasses
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -192,16 +193,24 @@ class World:
 
     def fit_reward(
         self, train: list[data.Pair], heldout: list[data.Pair], stream: torch.Generator,
-        index: int = 0,
+        index: int = 0, what: str = "", say: Callable[[str], None] = lambda what: None,
     ) -> tuple[data.Scorer, tuple[float, int]]:
         """A reward model fitted to `train` -> (its scorer, (accuracy, number) on `heldout`).
 
-        It starts from the trunk of agent `index`.
+        It starts from the trunk of agent `index`. say: told what this is, and once a second how far
+        it has come.
         """
-        s = self.settings
+        s, told = self.settings, time.monotonic()
+        say(what)
+
+        def watch(done: int, steps: int) -> None:
+            nonlocal told
+            if time.monotonic() > told + 1:
+                told = time.monotonic()
+                say(f"{what}, step {done} of {steps}")
         model = fast.reward_model(self.initial_of(index).model, s.reward_pooling, stream)
         data.fit_reward_model(model, self.pair_ids(train), self.pad_id, lr=s.reward_lr,
-                              epochs=s.reward_epochs, generator=stream)
+                              epochs=s.reward_epochs, generator=stream, watch=watch)
         accuracy = data.preference_accuracy(model, self.pair_ids(heldout), self.pad_id)
         scorer = data.model_scorer(model, self.eos_ids, s.response_eos)
         return scorer, (accuracy, len(heldout))
@@ -254,10 +263,11 @@ def make_task(world: World, seed: int, pooled: bool = False,
     # 1. The judge, which takes no part in training.
     judge, judge_accuracy = world.judge, None
     if s.judge == "heldout":
-        say(f"seed {seed}: fitting the judge")
         heldout, train = data.split_by_prompt(
             judge_pairs, min(256, max(1, len(judge_pairs) // 5)))
-        judge, judge_accuracy = world.fit_reward(train, heldout, generator(seed, "judge"))
+        judge, judge_accuracy = world.fit_reward(
+            train, heldout, generator(seed, "judge"), what=f"seed {seed}: fitting the judge",
+            say=say)
         sampled = world.respond(eval_prompts, world.initial, generator(seed, "evaluation"))
         judge, *_ = data.normalised(judge, sampled)
 
@@ -267,9 +277,9 @@ def make_task(world: World, seed: int, pooled: bool = False,
         sources = [everything] if s.reward == "shared" else shards
         fitted = []
         for i, source in enumerate(sources):
-            say(f"seed {seed}: fitting reward model {i + 1} of {len(sources)}")
+            what = f"seed {seed}: fitting reward model {i + 1} of {len(sources)}"
             stream = generator(seed, i, "reward model")
-            fitted.append(world.fit_reward(source.train, source.heldout, stream, i))
+            fitted.append(world.fit_reward(source.train, source.heldout, stream, i, what, say))
         fitted *= len(shards) // len(fitted)  # a shared model serves every agent
 
     # 3. Scores become comparable: mean 0, std 1 on the initial policy's responses to its prompts.

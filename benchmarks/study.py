@@ -14,7 +14,7 @@ In reading order
 
 The protocol. tune.py finds each arm's settings in both HEADLINES, on the TUNING seeds alone
 (chosen.json). Here they are run on SEEDS, on which no choice was made; the first report.ELSEWHERE
-of them have the other regimes too. A study takes hours of two cores.
+of them have the other regimes too, and all have mixed sizes. A study takes hours of two cores.
 
 A seed redraws every agent's data, reward models, evaluation prompts and sampling, and arms of one
 seed share them (but for the reward models that an arm or regime defines itself: shared,
@@ -97,8 +97,6 @@ REGIMES = {  # name: settings
     "400 pairs": COMMON | {"pairs": 400},
     "shared reward": COMMON | {"reward": "shared"},
     "8 agents": COMMON | {"agents": 8},
-    "2 updates a round": COMMON | {"rounds": 40, "updates": 2},
-    "8 updates a round": COMMON | {"rounds": 10, "updates": 8},
 }
 HEADLINES = ("own prompts", "common prompts")  # that arms are tuned in
 ABROAD = ("isolated", "federated", "fedavg")
@@ -106,8 +104,7 @@ ELSEWHERE = {  # regime: its arms, at the settings of common prompts
     "mixed sizes": ("isolated", "federated"),
     "two communities": (*ABROAD, "merged", *(arm for arm in VARIANTS if "communities" in arm)),
     "flipped labels": (*ABROAD, "federated, outlier"),
-    **dict.fromkeys(("50 pairs", "400 pairs", "shared reward", "8 agents", "2 updates a round",
-                     "8 updates a round"), ABROAD),
+    **dict.fromkeys(("50 pairs", "400 pairs", "shared reward", "8 agents"), ABROAD),
     "common prompts": [arm for arm in VARIANTS if ", " in arm and "outlier" not in arm],
 }
 
@@ -162,7 +159,8 @@ def headline_jobs(chosen: dict[str, dict], seeds: range = SEEDS) -> list[Job]:
 
 def elsewhere_jobs(chosen: dict[str, dict]) -> list[Job]:
     return [chosen_job(chosen, arm, regime, seed) for regime, arms in ELSEWHERE.items()
-            for seed in SEEDS[:report.ELSEWHERE] for arm in arms]
+            for seed in (SEEDS if regime == "mixed sizes" else SEEDS[:report.ELSEWHERE])
+            for arm in arms]
 
 
 def chosen_job(chosen: dict[str, dict], arm: str, regime: str, seed: int) -> Job:

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import shutil
+import types
 
 import pytest
 import torch
@@ -529,6 +531,19 @@ def test_every_agent_of_an_ensemble_is_paid_by_the_mean_of_all_private_models(wo
 
 
 @pytest.mark.slow
+def test_what_prepares_a_seed_says_how_far_it_is(monkeypatch, world):
+    """Once a second; here more than that passes whenever the clock is read."""
+    ticks = itertools.count(step=2)
+    monkeypatch.setattr("world.time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    said: list[str] = []
+    make_task(fresh(world, reward_epochs=2, pairs=24), 0, say=said.append)
+    expected = []
+    for agent in (1, 2, 3):
+        what = f"seed 0: fitting reward model {agent} of 3"
+        expected += [what, *(f"{what}, step {step} of 4" for step in (1, 2, 3, 4))]
+    assert said == [*expected, "seed 0: sampling, to normalise rewards"]
+
+
 def test_the_learning_is_real(world):
     """The judge's score rises by more than a broken update reaches.
 
