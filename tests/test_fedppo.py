@@ -530,7 +530,6 @@ def test_every_agent_of_an_ensemble_is_paid_by_the_mean_of_all_private_models(wo
         assert torch.allclose(a, b, atol=1e-4) and 0.5 < scores.std() < 1.6
 
 
-@pytest.mark.slow
 def test_what_prepares_a_seed_says_how_far_it_is(monkeypatch, world):
     """Once a second; here more than that passes whenever the clock is read."""
     ticks = itertools.count(step=2)
@@ -544,6 +543,7 @@ def test_what_prepares_a_seed_says_how_far_it_is(monkeypatch, world):
     assert said == [*expected, "seed 0: sampling, to normalise rewards"]
 
 
+@pytest.mark.slow
 def test_the_learning_is_real(world):
     """The judge's score rises by more than a broken update reaches.
 
