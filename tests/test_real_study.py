@@ -1,0 +1,121 @@
+"""benchmarks/real/: what is made of the archives, and the study on a small stand-in."""
+
+import csv
+import io
+import json
+import random
+import shutil
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fedppo
+from support import load
+
+REAL = Path(fedppo.__file__).parent / "benchmarks/real"
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """make.py and run.py, whose judge counts the letter e: VADER is not among the requirements."""
+    counting = types.ModuleType("judge")
+    counting.score = lambda prompts, responses, ended: [text.count("e") / 4 for text in responses]
+    monkeypatch.setitem(sys.modules, "judge", counting)
+    for name in ("make", "run"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(REAL))
+    import make
+    import run
+    yield types.SimpleNamespace(make=make, run=run)
+    for name in ("make", "run"):
+        sys.modules.pop(name, None)
+
+
+def test_prompts_are_beginnings_of_sentences_that_go_on(real):
+    draw = random.Random(0)
+    sentences = [" ".join(draw.choices(["apple", "pear", "plum", "fig"], k=draw.randint(3, 20)))
+                 for _ in range(300)]
+    sentences += ["see http://t.co/abc for all that there is to say today folks of ours",
+                  "@ann where is it now that all have gone away from here for good"]
+    prompts = real.make.make_prompts(sentences, 50, "seed")
+    assert len(set(prompts)) == len(prompts) == 50
+    for prompt in prompts:
+        assert 4 <= len(prompt.split()) <= 8 and "/" not in prompt and "@" not in prompt
+        whole = [s for s in sentences if s.startswith(prompt + " ")]
+        assert any(len(s.split()) >= len(prompt.split()) + 3 for s in whole)
+    assert real.make.make_prompts(sentences, 50, "seed") == prompts
+    assert real.make.make_prompts(sentences, 50, "other") != prompts
+
+
+def test_labels_follow_the_judge_at_the_scale(real):
+    """4 a point: where the scores are half a point apart, 1 / (1 + exp(-2)) = 0.88 agree."""
+    agreed = []
+    for n in range(2000):
+        row = real.make.label(f"prompt {n}", ("ee", "aaaa") if n % 2 else ("aaaa", "ee"))
+        assert {row["chosen"], row["rejected"]} == {"ee", "aaaa"}
+        agreed.append(row["chosen"] == "ee")
+    assert sum(agreed) / len(agreed) == pytest.approx(0.881, abs=0.03)
+    assert real.make.label("p", ("same", "same")) is None
+
+
+def test_sentences_of_the_archive(real, tmp_path):
+    """A tar.gz in a tar.gz, with lines of id, rating and text; &amp; is a sign again."""
+    def packed(name: str, content: bytes) -> bytes:
+        held = io.BytesIO()
+        with tarfile.open(fileobj=held, mode="w:gz") as archive:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        return held.getvalue()
+
+    inner = packed("hutto_ICWSM_2014/tweets_GroundTruth.txt",
+                   b"1\t2.5\tyou &amp; me\nbroken line\n2\t-1\tcaf\xc3\xa9 closed\n")
+    path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
+    path.write_bytes(packed("vaderSentiment-3.3.2/more/hutto_ICWSM_2014.tar.gz", inner))
+    assert real.make.sentences_of(path, "tweets") == ["you & me", "café closed"]
+
+
+def test_pairs_go_on_where_they_were_stopped(real, tmp_path, monkeypatch):
+    monkeypatch.setattr(real.make, "CHUNK", 4)
+    home = load.HOME / "tiny/model"
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    model = AutoModelForCausalLM.from_pretrained(home).eval()
+    prompts = [f"the {what} was {how}" for what in ("soup", "film", "song") for how in "ab"]
+    bar = types.SimpleNamespace(update=lambda n: None)
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "again" / "whole.jsonl"
+    real.make.make_pairs(prompts, whole, model, tokenizer, bar)
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert 4 <= len(rows) <= 6 and all(set(row) == {"prompt", "chosen", "rejected"} for row in rows)
+    stopped.parent.mkdir()
+    real.make.make_pairs(prompts[:4], stopped, model, tokenizer, bar)
+    with stopped.open("a") as file:
+        file.write('{"prompt": "half a li')
+    real.make.make_pairs(prompts, stopped, model, tokenizer, bar)
+    assert stopped.read_text() == whole.read_text()
+
+
+@pytest.mark.slow
+def test_the_study_on_a_stand_in(real, tmp_path, monkeypatch):
+    shutil.copytree(load.HOME / "tiny/model", tmp_path / "model")
+    shutil.copytree(load.HOME / "tiny/data", tmp_path / "pairs")
+    judge = str(load.HOME / "tiny/judge.py") + ":score"
+    monkeypatch.setattr(real.run, "JUDGE", judge)
+    flags = ("--seeds 3 4 --mode isolated federated --agents 2 --rounds 1 --updates 2 --batch 8 "
+             "--pairs 20 --reward-epochs 1 --eval-prompts 16 --device cpu --threads 1").split()
+    assert real.run.main([str(tmp_path), "--results", str(tmp_path), *flags]) == 0
+    with (tmp_path / "real.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["mode"], row["seed"]) for row in rows] == [
+        (mode, seed) for mode in ("isolated", "federated") for seed in "34"]
+    for row in rows:
+        assert 1 < float(row["words_after"]) < 20 and len(row["curve"].split()) == 2
+        assert float(row["curve"].split()[-1]) == pytest.approx(float(row["judge_final"]), rel=1e-2)
+    assert "| `federated` | " in (tmp_path / "real.md").read_text()
+    assert (tmp_path / "real.png").exists() and torch.is_grad_enabled()
+    monkeypatch.setattr(fedppo, "main", lambda argv: pytest.fail("it is finished"))
+    assert real.run.main([str(tmp_path), "--results", str(tmp_path)]) == 0
