@@ -321,7 +321,7 @@ def collect(
 ) -> Rollout:
     """Sample one batch and record all that stays fixed during its update.
 
-    references: K frozen policies, weights [K];  initial: mu_0, for the metric kl_initial alone;
+    references: K frozen policies, weights [K];  initial: mu_0, for the metric kl_initial;
     scorer(prompt_ids [B, Q], prompt_mask, response_ids [B, T], response_mask) -> [B];
     prompt_ids, prompt_mask: [B, Q], left-padded;  generate: the function above or a faster form.
     """
@@ -341,12 +341,15 @@ def collect(
     for rows in torch.arange(len(ids), device=ids.device).split(settings.micro_batch):
         part = ids[rows], attention[rows], response[rows], mask[rows]
         logprobs, all_logprobs, values = score_tokens(policy, *part, settings.temperature)
-        logits = (model.response_forward(*part[:2], prompt_ids.shape[1])[0]
-                  for model in references)  # a generator: one reference's logits in memory
+        initial_logits, _ = initial.response_forward(*part[:2], prompt_ids.shape[1])
+        # A generator: one reference's logits in memory. The anchor is mu_0 itself, read already.
+        logits = (initial_logits if model is initial
+                  else model.response_forward(*part[:2], prompt_ids.shape[1])[0]
+                  for model in references)
         reference = kl.reference(logits, weights, rule=settings.rule, estimator=estimator,
                                  tokens=part[2], temperature=settings.temperature)  # [b, T, X]
         kl_tokens = kl_per_token(all_logprobs, reference, part[2], weights, settings)  # [b, T]
-        initial_logprobs = score_tokens(initial, *part, settings.temperature)[1]
+        initial_logprobs = initial_logits.div_(settings.temperature).log_softmax(-1)
         kl_initial = by_rows(kl.kl_exact, all_logprobs, initial_logprobs)
         uncertainty = by_rows(entropy, all_logprobs)
         parts.append((logprobs, values, reference, kl_tokens, kl_initial, uncertainty))

@@ -339,6 +339,17 @@ def test_the_rollouts_kl_is_generalized_kl(toy_policy, small_settings, rule, pen
     close(rollout.kl_initial[valid], kl.generalized_kl(own, others[:1], [1.0])[valid], 2e-5)
 
 
+def test_an_initial_policy_that_is_a_reference_too_is_read_once(toy_policy, small_settings):
+    policy = toy_policy()
+    references, weights = references_of(policy, "geometric")
+    initial, reads = references[0], []
+    read = initial.response_forward
+    initial.response_forward = lambda ids, *rest: reads.append(len(ids)) or read(ids, *rest)
+    s = small_settings(response_length=6, micro_batch=3)
+    rollout = roll(policy, s, references, weights, initial)
+    assert sum(reads) == len(rollout.ids), "every row once"
+
+
 def test_by_rows_changes_nothing(monkeypatch):
     """One row, two and all rows at a time, values and gradients."""
     logprobs, reference = (randn(seed, 5, 3, 4).log_softmax(-1) for seed in (0, 1))
