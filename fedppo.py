@@ -179,8 +179,7 @@ class Agent:
         return self.world.padded([self.prompts[row] for row in rows])
 
     def update(self, references: list[ppo_core.Policy], weights: torch.Tensor) -> dict[str, float]:
-        """One PPO update against K references with weights [K] -> metrics (glossary:
-        support/run.py).
+        """One PPO update against K references with weights [K] -> metrics (see support/run.py).
 
         A loss or gradient that is not finite never reaches the weights: it freezes the agent for
         the rest of the run.
@@ -213,8 +212,7 @@ class Agent:
                 f"{metrics['reward']:.3g}, kl {metrics['kl']:.3g}); lower --lr or --beta")
             return {"episodes": self.episodes, "beta": s.beta}
         self.episodes += s.batch
-        seconds = time.perf_counter() - started
-        return metrics | {"episodes": self.episodes, "seconds": seconds}
+        return metrics | {"episodes": self.episodes, "seconds": time.perf_counter() - started}
 
     @clock.timed("scoring")
     def next_rollout(
@@ -390,6 +388,7 @@ def outliers(agent: Agent, peers: dict[int, ppo_core.Policy]) -> list[int]:
     return [j for j, distance in zip(peers, far.tolist(), strict=True) if distance > limit]
 
 
+@clock.timed("exchange")
 def cooperate(
     agent: Agent, frozen: list[ppo_core.Policy], row: torch.Tensor
 ) -> tuple[list[ppo_core.Policy], torch.Tensor]:
@@ -412,6 +411,7 @@ def cooperate(
     return references, weights
 
 
+@clock.timed("exchange")
 def average(models: list[ppo_core.Policy], weights: torch.Tensor) -> dict[str, torch.Tensor]:
     """The weighted average of K policies' parameters, weights [K]."""
     return kl.average_weights([policy.model.state_dict() for policy in models], weights)
@@ -539,7 +539,7 @@ def execute(command: Command) -> None:
     response, a file cannot be written, or a resumed run fits other reward models),
     FloatingPointError if training diverges, Stopped at Ctrl-C or SIGTERM.
     """
-    clock.start()
+    clock.start(command.settings.device)
     s = command.settings
     arms = {mode: arm_settings(s, mode) for mode in s.mode}
     names = ("agents", "topology", "rule", "self_weight", "anchor", "beta", "lr")

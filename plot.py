@@ -315,18 +315,23 @@ def table(summary: dict) -> str:
 
 
 def _styles(modes: list[str]) -> list[tuple]:
-    """(colour, line, marker) of each curve, no two alike. modes: of the curves, in their order.
+    """(colour, line, marker) of each curve, no two alike up to eight runs. modes: of the curves.
 
-    A mode has one colour in every picture; its later curves, of other runs, have another line and
-    marker.
+    A mode of MODE_STYLES has one colour in every picture. Its first curve has its own line and
+    marker too; later ones, of other runs, have those of nobody else, as long as there are any.
     """
     every = [*MODE_STYLES.values(), *SPARE_STYLES]
-    order = list(dict.fromkeys([*MODE_STYLES, *modes]))
-    styles = []
+    names = list(dict.fromkeys([*MODE_STYLES, *modes]))
+    own = {mode: every[names.index(mode) % len(every)] for mode in modes}
+    styles: list[tuple] = []
     for i, mode in enumerate(modes):
-        place, earlier = order.index(mode), modes[:i].count(mode)
-        line, marker = every[(place + earlier) % len(every)][1:]
-        styles.append((every[place % len(every)][0], line, marker))
+        colour, taken = own[mode][0], {style[1:] for style in (*own.values(), *styles)}
+        place = every.index(own[mode])
+        turns = [every[(place + n) % len(every)][1:] for n in range(len(every))]
+        choice = [own[mode][1:]] if mode not in modes[:i] else []
+        choice += [line for line in turns if line not in taken] + turns
+        found = [(colour, *line) for line in choice]
+        styles.append(next((style for style in found if style not in styles), found[-1]))
     return styles
 
 

@@ -14,6 +14,7 @@ bootstrap band (plot.py).
 Dimension key: S seeds, U evaluated updates, N agents.
 """
 
+import copy
 import csv
 import math
 import sys
@@ -113,6 +114,13 @@ class Study:
                                      "of old settings")
                 found[seed] = row
         return dict(sorted(found.items()))
+
+    def first(self, n: int) -> "Study":
+        """The study of its first n seeds alone."""
+        part = copy.copy(self)
+        seeds = sorted({int(row["seed"]) for row in self.rows + self.diverged})[:n]
+        part.rows = [row for row in self.rows if int(row["seed"]) in seeds]
+        return part
 
     def has(self, regime: str) -> list[str]:
         """The arms with two or more seeds there, variants apart."""
@@ -315,15 +323,14 @@ def worse_agents(study: Study, arm: str, regime: str) -> str:
 def regime_table(study: Study, column: str = "judge_final") -> list[str]:
     """The level of `isolated` in each regime, and the difference of others on the same seeds: the
     first ELSEWHERE."""
-    lines = []
+    lines, study = [], study.first(ELSEWHERE)
     for regime in [regime for regime in study.regimes if "isolated" in study.has(regime)
                    and regime != "own prompts"]:
         alone = study.values("isolated", regime, column)
-        lines.append([regime, f"{plot.iqm(alone[:ELSEWHERE]):.2f}"])
+        lines.append([regime, f"{plot.iqm(alone):.2f}"])
         half = "judge_half" if column == "judge_final" else own_half
         for arm, columns in (("federated", (half, column)), ("fedavg", (column,))):
-            lines[-1] += [difference(study.pairs(arm, "isolated", regime, name)
-                                     [:, :ELSEWHERE]) for name in columns]
+            lines[-1] += [gain(study, arm, "isolated", regime, name) for name in columns]
     return table(f"regime | `isolated`, {ALL} | `federated` minus it, {HALF}, seeds better | {ALL} "
                  f"| `fedavg` minus it, {ALL}, seeds better", lines)
 
@@ -420,8 +427,9 @@ def tables(study: Study) -> str:
                      f"Details, {regime}": detail_table(study, regime),
                      f"Own topics, {regime}": topic_table(study, regime)}
     sections |= {
-        "Regimes": regime_table(study),
-        "Regimes, on the agent's own topics": regime_table(study, "own_topics"),
+        f"Regimes, the first {ELSEWHERE} seeds": regime_table(study),
+        f"Regimes, on the agent's own topics, the first {ELSEWHERE} seeds":
+            regime_table(study, "own_topics"),
         "Mixed sizes": mixed_table(study),
         "Two communities": community_table(study),
         "Variants": variant_table(study),

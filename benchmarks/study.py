@@ -136,6 +136,8 @@ def job(arm: str, regime: str, seed: int, tuned: dict) -> Job:
     """tuned: beta, lr and what else of `tune.Cell` the arm, or the one that it is a variant of,
     has."""
     of, changes = VARIANTS.get(arm, (arm, {}))
+    if ".json" in changes.get("topology", ""):  # the file has the weights
+        tuned = {name: value for name, value in tuned.items() if name != "self_weight"}
     flags = [f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
              for name, value in (ARMS[of] | REGIMES[regime] | tuned | changes).items()]
     return Job(arm, regime, seed, " ".join(flags))

@@ -16,11 +16,20 @@ seconds: dict[str, float] = {}
 _open, _since = ["rest"], time.perf_counter()
 
 
-def start() -> None:
-    """All parts begin at 0."""
-    _turn()
+def _wait() -> None:
+    """Until the device has done what it was given."""
+
+
+def start(device: str = "cpu") -> None:
+    """All parts begin at 0; device: of the run."""
+    global _since, _wait
+    kind = torch.device(device).type
+    _wait = {"cuda": functools.partial(torch.cuda.synchronize, device),
+             "mps": torch.mps.synchronize}.get(kind, lambda: None)
+    _open[:] = ["rest"]
     seconds.clear()
     seconds.update(dict.fromkeys(PARTS, 0.0))
+    _since = time.perf_counter()
 
 
 def timed(part: str) -> Callable:
@@ -33,8 +42,10 @@ def timed(part: str) -> Callable:
             try:
                 return function(*args, **options)
             finally:
-                _turn()
-                _open.pop()
+                try:
+                    _turn()
+                finally:
+                    _open.pop()
 
         return measured
     return decorate
@@ -49,8 +60,7 @@ def read() -> dict[str, float]:
 def _turn() -> None:
     """What passed since the last turn is the innermost open part's."""
     global _since
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    _wait()
     now = time.perf_counter()
     seconds[_open[-1]] = seconds.get(_open[-1], 0.0) + now - _since
     _since = now

@@ -266,9 +266,10 @@ class Run:
         """The arm's training begins now -> what fedppo.train goes on from, if the last checkpoint
         is of this arm: given once."""
         self.bar.unpause()  # the time left is that of training, without what prepares it
-        self.bar.set_description(f"{mode} seed {seed}, judging the start")
+        self.bar.set_description(f"{mode} seed {seed}")
         self.since = time.monotonic()
         if (self.last.get("seed"), self.last.get("mode")) != (seed, mode):
+            self.bar.set_description(f"{mode} seed {seed}, judging the start")
             return None
         state, self.last = self.last["state"], {"rows": 0}
         return state

@@ -204,6 +204,7 @@ def parse(argv: list[str], modes: dict) -> Command:
              for name, value in given.items()}
     command = {name: given.pop(name) for name in ("resume", "check", "quiet", "tensorboard")
                if name in given}
+    by_hand = frozenset(given)
     if "config" in given:
         given = from_file(given.pop("config"), given, modes) | given
     resume = command.get("resume", "")
@@ -224,7 +225,7 @@ def parse(argv: list[str], modes: dict) -> Command:
         if "response_eos" not in given and not known:
             settings = dataclasses.replace(settings, response_eos=None)  # world.py decides
         settings = decided(settings)
-    check(settings, modes)
+    check(settings, modes, by_hand)
     return Command(settings, reason, **command)
 
 
@@ -323,8 +324,9 @@ FRACTIONS = ("self_weight", "anchor", "participation")
 NOT_NEGATIVE = ("threads", "missing_eos_penalty", "outlier", "beta")
 
 
-def check(s: Settings, modes: dict) -> None:
-    """Refuse what cannot work, before anything is loaded. modes: fedppo.MODES. Raises UserError."""
+def check(s: Settings, modes: dict, by_hand: frozenset[str]) -> None:
+    """Refuse what cannot work, before anything is loaded. modes: fedppo.MODES; by_hand: settings
+    given by flags. Raises UserError."""
     for name in POSITIVE:
         if getattr(s, name) is not None and not 0 < getattr(s, name) < float("inf"):
             raise UserError(f"{flag(name)} must be positive, not {getattr(s, name)}")
@@ -338,6 +340,7 @@ def check(s: Settings, modes: dict) -> None:
         if len(set(getattr(s, name))) < len(getattr(s, name)):
             raise UserError(f"{flag(name)} names one of its values twice: {show(getattr(s, name))}")
     check_combinations(s, modes)
+    check_heeded(s, modes, by_hand)
     check_places(s)
 
 
@@ -354,22 +357,35 @@ def check_combinations(s: Settings, modes: dict) -> None:
     if 0 < s.outlier < 1:
         raise UserError(f"--outlier {s.outlier:g} would leave out the median peer: it must be at "
                         "least 1, or 0 for off")
-    weighted = s.topology in ("self", "ring", "star")
-    heeds = {  # what a mode must have for a flag to mean anything in it
-        "topology": lambda row: row.topology is None,
-        "self_weight": lambda row: row.topology is None and weighted,
-        "rule": lambda row: row.rule is None and row.anchor != 1,
-        "anchor": lambda row: row.anchor != 1,
-        "participation": lambda row: row.exchanges, "outlier": lambda row: row.listens}
-    for name, heeded in heeds.items():
-        value = getattr(s, name)
-        if value != PRESETS[s.preset][name] and not any(heeded(modes[mode]) for mode in s.mode):
-            where = "" if weighted or name != "self_weight" else f" with --topology {s.topology}"
-            raise UserError(f"{flag(name)} {value} has no part in --mode {show(s.mode)}{where}")
     deaf = [name for name in s.mode if modes[name].listens and not modes[name].moves]
     if s.anchor == 1 and deaf:
         raise UserError(f"--anchor 1 leaves {show(tuple(deaf))} no peer to listen to: that is "
                         "--mode classic")
+
+
+def check_heeded(s: Settings, modes: dict, by_hand: frozenset[str]) -> None:
+    """A flag that is given by hand must mean something in one of the modes. Raises UserError."""
+    weighted, peers = s.topology in ("self", "ring", "star"), s.agents > 1
+
+    def mixes(row) -> bool:
+        """Whether an agent can have more than one reference."""
+        return row.anchor != 1 and (row.exchanges and peers or
+                                    (row.anchor if s.anchor is None else s.anchor) > 0)
+
+    heeds = {  # what a mode must have for a flag to mean anything in it
+        "topology": lambda row: peers and row.topology is None,
+        "self_weight": lambda row: peers and row.topology is None and weighted,
+        "rule": lambda row: row.rule is None and mixes(row),
+        "anchor": lambda row: row.anchor != 1,
+        "participation": lambda row: peers and row.exchanges,
+        "outlier": lambda row: peers and row.listens}
+    for name in [name for name in heeds if name in by_hand]:
+        if not any(heeds[name](modes[mode]) for mode in s.mode):
+            where = "" if peers else " with --agents 1"
+            if peers and name == "self_weight" and not weighted:
+                where = f" with --topology {s.topology}"
+            raise UserError(f"{flag(name)} {show(getattr(s, name))} has no part in --mode "
+                            f"{show(s.mode)}{where}")
 
 
 def check_places(s: Settings) -> None:

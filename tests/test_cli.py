@@ -77,6 +77,9 @@ WRONG = {  # flags: what the error says
     "--rule sum --mode fedavg classic": ["--rule sum has no part"],
     "--self-weight 0.3 --mode fedavg": ["--self-weight 0.3 has no part in --mode fedavg"],
     "--self-weight 0.3 --topology uniform": ["--self-weight 0.3", "with --topology uniform"],
+    "--mode isolated --anchor 0 --rule arithmetic": ["--rule arithmetic has no part"],
+    "--mode fedavg --topology self": ["--topology self has no part in --mode fedavg"],
+    "--agents 1 --participation 0.5": ["--participation 0.5", "with --agents 1"],
     "--split-column tone": ["no value in --split-column tone", "prompt, chosen, rejected"],
     "--topology rings": ["rings", "ring"]}  # the kinds there are
 # Estimator and place of the penalty are one setting: what would be wrong cannot be said.

