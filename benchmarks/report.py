@@ -254,17 +254,18 @@ def detail_table(study: Study, regime: str) -> list[str]:
         agents = len(next(iter(rows))["judge_agents"].split("/"))
         mean = {name: study.values(arm, regime, name).mean()
                 for name in ("worst_agent", "bytes", "judge_best")}
-        learned = [f"{study.values(arm, regime, name).mean():.{digits}f}"
-                   if next(iter(rows))[name] else "–"
-                   for name, digits in (("reward_final", 2), ("kl_initial", 1))]
+        columns = ("reward_accuracy", 2), ("reward_final", 2), ("kl_initial", 1)
+        learned = ["–"] * 3 if not next(iter(rows))["reward_final"] else [  # DPO has no rewards
+            f"{study.values(arm, regime, name).mean():.{digits}f}" for name, digits in columns]
         lines.append([f"`{arm}`", str(len(rows)),
                       f"{mean['worst_agent']:.2f}" if agents > 1 else "–",
                       f"{mean['judge_best']:.2f}", falls(study, arm, regime), *learned,
                       f"{mean['bytes'] / agents / 1e6:.0f}",
                       f"{np.median(study.values(arm, regime, 'seconds')):.0f}"])
     return table("arm | seeds | worst agent | best score of the run | "
-                 "seeds that end more than 0.05 below it | own reward | KL to initial, nats | "
-                 "MB received by an agent | median seconds", lines)
+                 "seeds that end more than 0.05 below it | accuracy of reward models | "
+                 "own reward | KL to initial, nats | MB received by an agent | median seconds",
+                 lines)
 
 
 def falls(study: Study, arm: str, regime: str) -> str:

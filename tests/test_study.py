@@ -270,7 +270,8 @@ def results(folder: Path) -> Path:
         final = 0.5 + 0.01 * (job.seed % 10) + PLUS[job.arm]
         curve = report.join([0.2, final / 2 + 0.2, final])
         made.append(fake_run(job) | dict.fromkeys(
-            ("own_topics", "own_truth", "kl_initial", "reward_final", "seconds", "bytes"), "1") | {
+            ("own_topics", "own_truth", "kl_initial", "reward_accuracy", "reward_final", "seconds",
+             "bytes"), "1") | {
             "judge_half": str(final / 2 + 0.2), "judge_final": str(final),
             "judge_best": str(final + (0.06 if job.arm == "merged" else 0)),
             "worst_agent": str(final), "judge_curve": curve, "own_curve": curve,
