@@ -113,3 +113,13 @@ def test_the_main_job_is_measured_by_part():
     short = ["--agents", "2", "--rounds", "2", "--pairs", "20", "--eval-prompts", "8"]
     parts = speed.main_job([*speed.MAIN_JOB, *short])
     assert set(parts) == {*clock.PARTS, "imports and end"} and min(parts.values()) > 0
+
+
+@pytest.mark.slow
+def test_the_main_job_of_a_gpu_runs_with_random_weights(tmp_path, monkeypatch):
+    monkeypatch.setitem(speed.SHAPES, "pythia-70m", speed.SHAPES["tiny"])
+    flags = speed.large_job(tmp_path / "model", "cpu")
+    short = ["--agents", "2", "--rounds", "1", "--updates", "1", "--pairs", "20", "--batch", "4",
+             "--eval-prompts", "8", "--judge", "none"]
+    parts = speed.main_job([*flags, *short])
+    assert parts["optimisation"] > 0 and parts["rollouts"] > 0
