@@ -494,7 +494,7 @@ def train(
         for agent in agents:
             agent.load_state_dict(state["agents"][agent.index])
     else:
-        # The agents of one model start from one policy.
+        # Before training the agents of one model are one policy, which answers once.
         initial = [answers(agent, task) for agent in agents[:len(world.models)]]
         for agent, accuracy in zip(agents, task.accuracies, strict=True):
             judged = judge(agent, task, initial[agent.index % len(initial)])

@@ -321,7 +321,7 @@ def collect(
 ) -> Rollout:
     """Sample one batch and record all that stays fixed during its update.
 
-    references: K frozen policies, weights [K];  initial: mu_0, for the metric kl_initial;
+    references: K frozen policies, weights [K];  initial: the initial policy, for kl_initial;
     scorer(prompt_ids [B, Q], prompt_mask, response_ids [B, T], response_mask) -> [B];
     prompt_ids, prompt_mask: [B, Q], left-padded;  generate: the function above or a faster form.
     """
@@ -342,7 +342,7 @@ def collect(
         part = ids[rows], attention[rows], response[rows], mask[rows]
         logprobs, all_logprobs, values = score_tokens(policy, *part, settings.temperature)
         initial_logits, _ = initial.response_forward(*part[:2], prompt_ids.shape[1])
-        # A generator: one reference's logits in memory. The anchor is mu_0 itself, read already.
+        # A generator: one reference's logits in memory. The anchor has been read already.
         logits = (initial_logits if model is initial
                   else model.response_forward(*part[:2], prompt_ids.shape[1])[0]
                   for model in references)

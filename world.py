@@ -76,8 +76,8 @@ class World:
                 raise data.UserError(f"--model {s.model[0]} and {name} have different {what}: the "
                                      "agents must have one tokenizer")
         dtype = getattr(torch, s.dtype)
-        # The initial policy, mu_0 in the formulas, is the loaded model itself and never moves;
-        # every other policy is a copy of it.
+        # The initial policy is the loaded model itself and never moves; every other policy is a
+        # copy of it.
         self.initials = [fast.policy(model, self.forbidden, dtype).requires_grad_(False)
                          for model in self.models]
         self.initial = self.initials[0]
@@ -85,7 +85,7 @@ class World:
             load.refuse_dtype(initial, name)
 
     def initial_of(self, index: int) -> ppo_core.Policy:
-        """mu_0 of agent `index`."""
+        """The initial policy of agent `index`."""
         return self.initials[index % len(self.initials)]
 
     def _load_rows(self) -> None:

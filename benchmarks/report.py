@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import plot  # noqa: E402
 
 IN_SHORT = {  # of the README's first screen
-    "isolated": "alone; KL to its own last copy, anchored",
+    "isolated": "alone; KL to its own last copy and the initial policy",
     "classic": "alone; KL to the initial policy",
     "federated": "KL to all policies received",
     "merged": "the same, and weights are averaged",
@@ -213,7 +213,7 @@ def short_table(study: Study) -> list[str]:
                      for column in ("judge_half", "judge_final")]
             line.append(gain(study, arm, "isolated", regime))
         lines.append(line)
-    names = [f"{regime}: {HALF} | {ALL} | minus `isolated`, seeds better"
+    names = [f"{regime}: {HALF} | {ALL} | {ALL}, minus `isolated`, seeds better"
              for regime in HEADLINES[::-1]]
     return table("arm | its agents | " + " | ".join(names), lines)
 

@@ -104,8 +104,9 @@ class Settings:
     reward_lr: float = setting(2e-3, "Adam learning rate of the reward model, linear to 0",
                                pythia=2e-5, group="reward")
     reward_epochs: int = setting(4, "passes over the agent's pairs", pythia=2, group="reward")
-    reward_pooling: str = setting("mean", "what the scalar head reads", pythia="last",
-                                  group="reward", choices=("mean", "last"))
+    reward_pooling: str = setting(
+        "mean", "the scalar head reads the mean of the hidden states, or the last one",
+        pythia="last", group="reward", choices=("mean", "last"))
     response_eos: bool | None = setting(
         True, "preference texts shorter than --response-length have ended: EOS is appended, and "
         "the reward model reads the EOS of rollouts; off where the data's responses were cut. With "
@@ -148,15 +149,15 @@ class Settings:
     epochs: int = setting(2, "passes over a rollout (1707.06347)", pythia=4, group="PPO")
     minibatches: int = setting(2, "gradient steps per pass", pythia=1, group="PPO")
     micro_batch: int = setting(
-        32, "most rows in one forward but the sampler's; memory only, results to rounding; 0: 4 "
-        "on a CPU, else 64",
+        32, "rows per forward outside of sampling: changes memory and speed, results by rounding "
+        "alone; 0: 4 on a CPU, else 64",
         pythia=0, group="PPO")
     lr: float | None = setting(None, "Adam learning rate", pythia=1e-5, group="PPO")
     lr_schedule: str = setting("constant", "of the learning rate over the whole run",
                                pythia="linear", group="PPO", choices=("constant", "linear"))
     clip: float = setting(
-        0.2, "epsilon of the clipped objective (1707.06347, eq. 7), and the largest move of a "
-        "value", group="PPO")
+        0.2, "epsilon of the clipped objective (1707.06347, eq. 7), and how far a value may move "
+        "in one update", group="PPO")
 
     beta: float | None = setting(
         None, "KL coefficient, score per nat", pythia=0.05, group="KL penalty")

@@ -34,6 +34,9 @@ def load_world(s: Settings, reason: str, modes: dict,
     pooling += [f"--reward {s.reward}"] if s.reward in ("shared", "ensemble") else []
     if pooling:
         print(f"not private: {' and '.join(pooling)} pool what the agents own")
+    if s.split_column and s.shards == "iid" and not s.splits:
+        print(f"--split-column {s.split_column} changes nothing: with --shards split each agent "
+              "would have its own splits")
     if s.prompts == "common":
         print("--prompts common: all agents see all training prompts, without labels")
     exchanging = tuple(mode for mode in s.mode if modes[mode].exchanges)

