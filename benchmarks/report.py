@@ -444,13 +444,16 @@ def tables(study: Study) -> str:
 # --------------------------------------------------------------------------------------- pictures
 
 
+STYLE = {"font.size": 11, "svg.hashsalt": "fedppo", "svg.fonttype": "path"}
+
+
 def draw(study: Study, folder: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
     pictures = {"curves": draw_curves}
     if study.has("mixed sizes"):  # else its runs are still to come
         pictures |= {"mixed": draw_mixed, "forest": draw_forest}
-    with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "fedppo", "svg.fonttype": "path"}):
+    with matplotlib.rc_context(STYLE):
         for name, make in pictures.items():
             figure = Figure(layout="constrained")
             make(figure, study)
@@ -541,7 +544,7 @@ def draw_forest(figure, study: Study) -> None:
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), labels)
     axes.invert_yaxis()
-    plain(axes, f"score {ALL} updates minus that of isolated on the same seeds, 95 % band",
+    plain(axes, f"score {ALL} updates minus isolated's,\nsame seeds, 95 % band",
           "regime (seeds)", grid="x")
     legend(figure, axes, ncols=2)
 

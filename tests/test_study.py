@@ -8,8 +8,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import data
 import fedppo
@@ -264,7 +266,8 @@ def results(folder: Path) -> Path:
     of += [(arm, regime, seed) for seed in range(4000, 4008) for arm, regime in (
         ("isolated", "mixed sizes"), ("federated", "mixed sizes"), ("isolated", "8 agents"),
         ("federated", "8 agents"), ("isolated", "two communities"),
-        ("federated in communities", "two communities"), ("federated, both", "common prompts"))]
+        ("federated", "two communities"), ("federated in communities", "two communities"),
+        ("federated, both", "common prompts"))]
     made = []
     for job in [study.job(*one, TUNED) for one in of]:
         final = 0.5 + 0.01 * (job.seed % 10) + PLUS[job.arm]
@@ -311,6 +314,14 @@ def test_tables_and_pictures_of_a_known_study(tmp_path):
     for name in ("curves", "mixed", "forest"):
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000
         assert (tmp_path / f"{name}.svg").exists()
+        with matplotlib.rc_context(report.STYLE):
+            figure = Figure(layout="constrained")
+            getattr(report, f"draw_{name}")(figure, report.Study(tmp_path))
+            figure.draw_without_rendering()
+            for thing in (*figure.axes, *figure.legends):
+                box, inside = thing.get_tightbbox(), figure.bbox.padded(0.5)
+                assert inside.x0 <= box.x0 <= box.x1 <= inside.x1, "no word is cut"
+                assert inside.y0 <= box.y0 <= box.y1 <= inside.y1, "no word is cut"
 
 
 def test_single_seeds_have_no_table_and_two_settings_of_one_run_are_an_error(tmp_path):
