@@ -151,9 +151,13 @@ def curve(row: dict, agents: Sequence[int] | None = None) -> tuple[np.ndarray, n
     return np.arange(len(values)) * each, values
 
 
-def of_agents(agents: Sequence[int]) -> Callable:
-    """The final score of these agents, as a column."""
-    return lambda row: curve(row, agents)[1][-1]
+def of_agents(agents: Sequence[int], part: float = 1.0) -> Callable:
+    """The score of these agents after a part of the updates, as a column."""
+    def column(row: dict) -> float:
+        values = curve(row, agents)[1]
+        return values[int(part * (len(values) - 1))]
+
+    return column
 
 
 def own_half(row: dict) -> float:
@@ -342,11 +346,14 @@ def mixed_table(study: Study) -> list[str]:
     if "isolated" not in study.has(regime):
         return []
     for name, agents in (("small", SMALL), ("large", LARGE), ("all", (*SMALL, *LARGE))):
-        column = of_agents(agents)
-        lines.append([name, *(f"{plot.iqm(study.values(arm, regime, column)):.2f}"
-                              for arm in ("isolated", "federated")),
-                      gain(study, "federated", "isolated", regime, column)])
-    return table(f"agents | `isolated`, {ALL} | `federated` | difference, seeds better", lines)
+        lines.append([name])
+        for part in (0.5, 1.0):
+            column = of_agents(agents, part)
+            lines[-1] += [f"{plot.iqm(study.values(arm, regime, column)):.2f}"
+                          for arm in ("isolated", "federated")]
+            lines[-1].append(gain(study, "federated", "isolated", regime, column))
+    return table(f"agents | `isolated`, {HALF} | `federated` | difference, seeds better | "
+                 f"`isolated`, {ALL} | `federated` | difference, seeds better", lines)
 
 
 def community_table(study: Study) -> list[str]:

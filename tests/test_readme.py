@@ -119,7 +119,7 @@ def section(title: str) -> str:
 
 @pytest.mark.parametrize("text, file, count", [
     (README.split("**Does it help?**")[1].split("\n## ")[0], "tables.md", 1),
-    (section("What was measured"), "tables.md", 5),
+    (section("What was measured"), "tables.md", 8),
     (section("When an agent is bad"), "attacks.md", 1),
     (section("Speed"), "speed-*.md", 5),
     (section("What did not work"), "tables.md", 0),

@@ -249,7 +249,7 @@ def test_a_curve_knows_its_updates_and_agents():
     assert updates.tolist() == [0, 2, 4] and values.tolist() == [0.1, 0.2, 0.3]
     assert report.curve(row, [1])[1].tolist() == [0.2, 0.3, 0.4]
     assert report.curve(row, [0, 1])[1] == pytest.approx([0.1, 0.2, 0.3])
-    assert report.of_agents([0])(row) == 0.2
+    assert report.of_agents([0])(row) == 0.2 and report.of_agents([1], 0.5)(row) == 0.3
 
 
 # -------------------------------------------------------------------------------------- the tables
@@ -304,7 +304,8 @@ def test_tables_and_pictures_of_a_known_study(tmp_path):
     assert "more than 0.05 below the best score of the run | 0 of 8 | 8 of 8 | 0 of 8 |" in asked
     assert "| 0 of 32; +0.30, +0.30, +0.30, +0.30 |" in asked
     mixed = part("Mixed sizes")
-    assert "| small | 0.54 | 0.8" in mixed and mixed.count(f"| {of_all} |") == 3
+    assert "| small | 0.47 | 0.62 | +0.15 [+0.15, +0.15], 8 of 8 | 0.5" in mixed, "0.2695 + 0.2"
+    assert mixed.count(f"| {of_all} |") == 3
     assert "| `federated` | both | common prompts | 0.73 | -0.05" in part("Variants")
     assert "| `fedavg` | common prompts, after 80 | -0.30 [-0.30, -0.30], 0 of 8 |" in part(
         "No gain, or a loss")
