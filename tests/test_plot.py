@@ -325,7 +325,8 @@ def test_draw_shows_the_statistics(tmp_path, drawn):
     labels = ["several: isolated", "several: federated", "one: isolated", "one: federated"]
     assert legend_of(both) == labels
     lines = [line for line in both.axes[0].get_lines() if line.get_label() in labels]
-    assert len({line.get_color() for line in lines}) == 4
+    assert len({line.get_color() for line in lines}) == 2, "a mode has one colour"
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 4
 
     begun = [row for row in synthetic(3) if row["seed"] < 2 or row["update"] == 0]
     assert "seeds: 2\n" in drawn(write_run(tmp_path / "begun", begun)).get_suptitle()

@@ -38,6 +38,7 @@ def metrics(folder):
 def outcome(folder):
     """All that a finished run leaves behind, but for times and paths."""
     summary = json.loads((folder / "summary.json").read_text())
+    assert min(summary.pop("seconds").values()) >= 0
     for mode in summary["modes"].values():
         for entry in [mode["mean"], *mode["seeds"].values()]:
             entry.pop("seconds")
