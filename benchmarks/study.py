@@ -353,7 +353,7 @@ def save(path: Path, rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> No
     os.replace(temporary, path)
 
 
-def complete(path: Path, jobs: list[Job], stage: str, processes: int,
+def complete(path: Path, jobs: list[Job], title: str, processes: int,
              run: Callable[[Job], dict] = run, columns: tuple[str, ...] = COLUMNS) -> list[dict]:
     """Do those of the jobs that path does not hold, and add them to it -> all its rows.
 
@@ -365,7 +365,7 @@ def complete(path: Path, jobs: list[Job], stage: str, processes: int,
     if not pending:
         return rows
     save(path, rows, columns)
-    bar = tqdm(total=sum(one.cost for one in pending), desc=stage, unit="run", smoothing=0.05,
+    bar = tqdm(total=sum(one.cost for one in pending), desc=title, unit="run", smoothing=0.05,
                dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/"
                                               "{total:.0f} [{elapsed}, {remaining} left]")
     with contextlib.ExitStack() as stack:
