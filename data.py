@@ -16,7 +16,7 @@ any text, D hidden size.
 
 Departures from the papers: rewards are normalised on samples of the initial policy by mean *and*
 standard deviation (1909.08593 did both, 2203.02155 the bias only); the reward model starts from the
-policy's trunk, and all of its weights are trained.
+policy's trunk, and all of its weights are trained (or the head alone: see RewardModel).
 """
 
 import copy
@@ -309,14 +309,22 @@ class RewardModel(nn.Module):
     pooling: what the head reads, "last" the state of the last valid token, "mean" the mean state
     of all valid tokens. The head starts with standard deviation 1/sqrt(D + 1), as in the code of
     1909.08593, drawn from `generator`.
+
+    probe: 0, and the whole trunk is trained; or the head alone is, on the states that the first
+    `probe` layers and the last norm make (a linear probe, 1610.01644): for few pairs, and cheap.
     """
 
-    def __init__(self, causal_lm: nn.Module, pooling: str, generator: torch.Generator):
+    def __init__(self, causal_lm: nn.Module, pooling: str, generator: torch.Generator,
+                 probe: int = 0):
         super().__init__()
         trunk = causal_lm.base_model
         if trunk is causal_lm:  # Llama 4 and Mllama name no base model
             trunk = causal_lm.model
         self.trunk = copy.deepcopy(trunk).eval().requires_grad_(True)
+        if probe:
+            del policies.layers_of(self.trunk)[probe:]
+            self.trunk.config.num_hidden_layers = probe
+            self.trunk.requires_grad_(False)
         self.pooling = pooling
         with torch.no_grad():  # D is what the trunk gives: config.hidden_size, but not always
             token = torch.ones(1, 1, dtype=torch.long, device=causal_lm.device)
@@ -335,6 +343,10 @@ class RewardModel(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, L], padded on any side -> scores [B], not normalised."""
+        return self.head(self.pooled(ids, mask)).squeeze(-1)
+
+    def pooled(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask [B, L], padded on any side -> what the head reads, [B, D]."""
         states = self.states(ids, mask)  # [B, L, D]
         # Padded positions may hold NaN, and 0 x NaN is NaN: they are taken out by selection.
         states = torch.where(mask[..., None].bool(), states, 0)
@@ -343,16 +355,14 @@ class RewardModel(nn.Module):
         else:
             last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)  # [B]
             share = F.one_hot(last, mask.shape[1])  # [B, L]
-        pooled = torch.einsum("bl,bld->bd", share.to(states), states)
-        return self.head(pooled).squeeze(-1)
+        return torch.einsum("bl,bld->bd", share.to(states), states)
 
 
-def _pair_scores(model: RewardModel, pairs: list[TokenPair],
-                 pad_id: int) -> tuple[Tensor, Tensor]:
-    """Scores of B pairs -> (of the chosen [B], of the rejected [B]), in one forward."""
+def _both(read: Callable, pairs: list[TokenPair], pad_id: int,
+          device: torch.device) -> tuple[Tensor, Tensor]:
+    """B pairs -> read(ids, mask) of (the chosen [B, ...], the rejected [B, ...]), in one call."""
     sequences = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    ids, mask = pad(sequences, pad_id, "right", model.head.weight.device)
-    return model(ids, mask).chunk(2)
+    return read(*pad(sequences, pad_id, "right", device)).chunk(2)
 
 
 def fit_reward_model(model: RewardModel, pairs: list[TokenPair], pad_id: int, *, lr: float,
@@ -364,13 +374,21 @@ def fit_reward_model(model: RewardModel, pairs: list[TokenPair], pad_id: int, *,
     `batch` pairs per step, lr decays linearly to 0 over all steps. watch: told how far it is.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, eps=1e-5, fused=True)
+    device = model.head.weight.device
+    probe = not any(weight.requires_grad for weight in model.trunk.parameters())
+    if probe:  # what its head reads never changes: it is made once
+        with torch.no_grad():
+            read = [torch.stack(_both(model.pooled, pairs[k:k + 64], pad_id, device), 1)
+                    for k in range(0, len(pairs), 64)]
+        states = torch.cat(read)  # [number of pairs, 2, D]
     steps = epochs * -(-len(pairs) // batch)  # the last, smaller batch is a step too
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     loss_sum = 0.0
     for _ in range(epochs):
         loss_sum = 0.0
         for rows in torch.randperm(len(pairs), generator=generator).split(batch):
-            chosen, rejected = _pair_scores(model, [pairs[row] for row in rows.tolist()], pad_id)
+            chosen, rejected = (model.head(states[rows]).squeeze(-1).unbind(1) if probe else
+                                _both(model, [pairs[row] for row in rows], pad_id, device))
             loss = -F.logsigmoid(chosen - rejected).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -388,7 +406,8 @@ def preference_accuracy(model: RewardModel, pairs: list[TokenPair], pad_id: int,
     """Share of pairs whose chosen response scores higher; a tie counts half."""
     right = 0.0
     for start in range(0, len(pairs), batch):
-        chosen, rejected = _pair_scores(model, pairs[start:start + batch], pad_id)
+        chosen, rejected = _both(model, pairs[start:start + batch], pad_id,
+                                 model.head.weight.device)
         right += (chosen > rejected).sum().item() + 0.5 * (chosen == rejected).sum().item()
     return right / len(pairs)
 

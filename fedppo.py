@@ -167,7 +167,7 @@ class Agent:
 
     def message(self) -> dict[str, torch.Tensor]:
         """What is sent at an exchange: the policy's weights, and nothing of the rest."""
-        return self.policy.model.state_dict()
+        return self.policy.weights()
 
     def next_prompts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next B of its prompts, every prompt once per pass -> ids, mask [B, Q]."""
@@ -248,13 +248,14 @@ class Agent:
     def state_dict(self) -> dict:
         """All that changes in training, as plain values and tensors."""
         return {
-            "policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "policy": self.policy.weights(), "value_head": self.policy.value_head.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "queue": self.queue, "done": self.done,
             "streams": {name: stream.get_state() for name, stream in self.streams.items()},
-            "queue": self.queue, "done": self.done, "episodes": self.episodes,
-            "received": self.received, "diverged": self.diverged}
+            "episodes": self.episodes, "received": self.received, "diverged": self.diverged}
 
     def load_state_dict(self, state: dict) -> None:
-        self.policy.load_state_dict(state["policy"])
+        self.policy.load(state["policy"])
+        self.policy.value_head.load_state_dict(state["value_head"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # else it would be shared
         for name, stream in self.streams.items():
             stream.set_state(state["streams"][name])
@@ -278,18 +279,18 @@ def exchange(
     """
     faults = []
     for agent, policy, takes_part in zip(agents, frozen, present, strict=True):
-        own = agent.policy.model.state_dict()
+        own = agent.policy.weights()
         fault = "diverged" if agent.diverged else "" if takes_part else "absent"
         if not fault:
             message = agent.message()
             fault = unusable(message, own)
         if not fault:
-            policy.model.load_state_dict(message)  # copies
+            policy.load(message)  # copies
             token = torch.zeros(1, 1, dtype=torch.long, device=policy.forbidden.device)
             finite = policies.has_logprobs(policy, token, torch.ones_like(token))
             fault = "" if finite else "has no finite log-probs"
         if fault:
-            policy.model.load_state_dict(own)
+            policy.load(own)
         faults.append(fault)
     return faults
 
@@ -344,7 +345,7 @@ def listen(
         missed.append("; ".join(told) or None)
         sent = [j for j in peers if present[j] and not agents[j].diverged]
         heard = [agent.policy] if mode.server else [frozen[j] for j in sent]
-        agent.received += sum(size_of(policy.model) for policy in heard)
+        agent.received += sum(map(size_of, heard))
     return torch.stack(rows), missed
 
 
@@ -357,10 +358,9 @@ def renormalised(row: torch.Tensor, own: int, left_out: list[int]) -> torch.Tens
     return row / row.sum() if row.sum() > 0 else torch.eye(len(row), dtype=row.dtype)[own]
 
 
-def size_of(model: torch.nn.Module) -> int:
-    """Bytes of a model's weights as they are sent; tied ones count once."""
-    distinct = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+def size_of(policy: ppo_core.Policy) -> int:
+    """Bytes of a policy's weights as they are sent; tied ones count once."""
+    return sum({one.data_ptr(): one.nbytes for one in policy.weights().values()}.values())
 
 
 NEAR = 0.01  # nats per token: nearer policies are not told apart, so that noise makes no outlier
@@ -414,13 +414,13 @@ def cooperate(
 @clock.timed("exchange")
 def average(models: list[ppo_core.Policy], weights: torch.Tensor) -> dict[str, torch.Tensor]:
     """The weighted average of K policies' parameters, weights [K]."""
-    return kl.average_weights([policy.model.state_dict() for policy in models], weights)
+    return kl.average_weights([policy.weights() for policy in models], weights)
 
 
 def merge(models: list[ppo_core.Policy], weights: torch.Tensor, agent: Agent) -> ppo_core.Policy:
     """A frozen policy of the agent's with the average of K policies' parameters, weights [K]."""
     merged = agent.world.new_policy(agent.index).requires_grad_(False)
-    merged.model.load_state_dict(average(models, weights))
+    merged.load(average(models, weights))
     return merged
 
 
@@ -512,7 +512,7 @@ def train(
             references, weights = cooperate(agent, frozen, mixture)
             # 3b. In merged and fedavg the policy itself becomes the average of weights too.
             if mode_row.moves:
-                agent.policy.model.load_state_dict(average(frozen, mixture))
+                agent.policy.load(average(frozen, mixture))
             for update in range(1, s.updates + 1):
                 # 4. Local PPO against it, on the agent's prompts and by its own reward.
                 metrics = agent.update(references, weights)
@@ -548,7 +548,7 @@ def execute(command: Command) -> None:
     world, deals = start.load_world(s, command.reason, MODES, arms)
     s = dataclasses.replace(s, response_eos=world.settings.response_eos)  # as it was decided
     if command.check:
-        preflight.report(world, make_task(world, s.seeds[0], MODES[s.mode[0]].pooled))
+        preflight.alone(world, make_task, MODES[s.mode[0]].pooled, command.quiet)
         print("no fatal check failed: run without --check to train")
         return
     with Run(s, command, resolved, deals) as run:

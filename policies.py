@@ -4,9 +4,10 @@ In reading order
     1. position_ids, known_inputs,  what a forward is given
        cache_name
     2. Head                         the output embedding, computed in float32 in every dtype
-    3. Policy                       a causal LM with a value head, and a mask of ids without token
-    4. cached_decoder               the forward of the sampler, token by token
-    5. has_logprobs                 whether a policy that was received can be a reference at all
+    3. layers_of, twin, read_once   the last layers alone learn, and what does not learn is shared
+    4. Policy                       a causal LM with a value head, and a mask of ids without token
+    5. cached_decoder               the forward of the sampler, token by token
+    6. has_logprobs                 whether a policy that was received can be a reference at all
 
 support/fast.py has a faster form of Policy for GPT-NeoX, with the same results to rounding.
 
@@ -16,8 +17,10 @@ State t is the prompt and the response before token t: its logits and its value 
 position Q-1+t.
 """
 
+import contextlib
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +61,71 @@ class Head(nn.Linear):
             return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers of a causal LM or its trunk, first to last; of what reads images too, those of the
+    text. Raises ValueError."""
+    number = model.config.get_text_config().num_hidden_layers
+    for name, module in model.get_decoder().named_modules():
+        inside = any(part.isdecimal() for part in name.split("."))  # a list within a layer
+        if isinstance(module, nn.ModuleList) and len(module) == number and not inside:
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of its {number} layers")
+
+
+def twin(model: nn.Module, learning: int) -> nn.Module:
+    """A copy whose last `learning` layers learn; all of it if 0.
+
+    What does not learn is not copied: the first layers (the same modules) and all parameters
+    outside of the layers (embeddings, the last norm) are the original's own, which from now on do
+    not learn there either. So many policies need little more memory than one, and `read_once` can
+    read the layers that they have in common for all of them.
+    """
+    if not learning:
+        return copy.deepcopy(model).requires_grad_(True)
+    first, last = layers_of(model)[:-learning], layers_of(model)[-learning:]
+    learn = {id(parameter) for parameter in last.parameters()}
+    shared = [*first, *(one for one in model.parameters() if id(one) not in learn)]
+    made = copy.deepcopy(model, {id(one): one for one in shared}).requires_grad_(False)
+    layers_of(made)[-learning:].requires_grad_(True)
+    return made
+
+
+@contextlib.contextmanager
+def read_once(layers: list[nn.Module], known: Tensor | None = None) -> Iterator[list]:
+    """Within it, the first layers of several policies, which they share, read one input alone.
+
+    Once the last of them has made its states, each of them returns these states at once, whatever
+    it is given: the caller gives all policies the same tokens. known: the states of these tokens,
+    if they were made before. Yields a list, which holds them afterwards: [B, L, D] in most
+    families, none in the fast form of GPT-NeoX, which calls no layer as a whole. A policy with
+    other layers reads as ever.
+    """
+    made = [] if known is None else [known]
+    before = [vars(layer).get("forward") for layer in layers]
+
+    def wrapped(layer: nn.Module) -> Callable:
+        forward = layer.forward
+
+        def read(*args, **kwargs):
+            if made:
+                return made[0]
+            states = forward(*args, **kwargs)
+            if layer is layers[-1]:
+                made.append(states)
+            return states
+        return read
+
+    try:
+        for layer in layers:
+            layer.forward = wrapped(layer)
+        yield made
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            vars(layer).pop("forward", None)  # the class's own again, or
+            if forward is not None:
+                layer.forward = forward
+
+
 class Policy(nn.Module):
     """A causal LM with a value head, whose logits are -inf at ids that are no token.
 
@@ -69,16 +137,18 @@ class Policy(nn.Module):
     forbidden [V]: bool, True at ids without a token and at the pad id, if that is not EOS;
     dtype: of the matrix products of every forward but the last. The weights, their gradients, the
     logits, the softmax over the vocabulary and the values are float32, so that with bfloat16 the
-    small steps of Adam do not round to nothing.
+    small steps of Adam do not round to nothing;
+    learning: how many of the last layers learn, 0 for the whole model (see `twin`).
 
     The value head reads what the output embedding reads, whatever a model calls it; its size D is
     the output embedding's, which is not always config.hidden_size (OPT-350m).
     """
 
-    def __init__(self, model: nn.Module, forbidden: Tensor, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: nn.Module, forbidden: Tensor, dtype: torch.dtype = torch.float32,
+                 learning: int = 0):
         super().__init__()
         self.model = model.eval()  # dropout off, always: two forwards must be equal
-        self.dtype = dtype
+        self.dtype, self.learning = dtype, learning
         if type(self.head) is nn.Linear:
             self.head.__class__ = Head  # the same module and the same weights, tied or not
         self.value_head = nn.Linear(self.head.weight.shape[1], 1)
@@ -94,8 +164,31 @@ class Policy(nn.Module):
         """The output embedding."""
         return self.model.get_output_embeddings()
 
+    @property
+    def still_layers(self) -> list[nn.Module]:
+        """The layers that do not learn, which all policies of one initial model share."""
+        return list(layers_of(self.model)[:-self.learning]) if self.learning else []
+
+    def weights(self) -> dict[str, Tensor]:
+        """What learns of the model, by name: it is what is sent, averaged and saved. Not copied."""
+        weights = self.model.state_dict()
+        if not self.learning:
+            return weights
+        layers = layers_of(self.model)
+        home, = (name for name, module in self.model.named_modules() if module is layers)
+        number = len(layers)
+        last = tuple(f"{home}.{n}." for n in range(number - self.learning, number))
+        return {name: tensor for name, tensor in weights.items() if name.startswith(last)}
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Copy `weights` into the model: those of a policy of which as much learns."""
+        if weights.keys() != self.weights().keys():
+            raise ValueError("the weights are not those that learn here")
+        self.model.load_state_dict(weights, strict=not self.learning)
+
     def precision(self) -> torch.autocast:
-        """Autocast to self.dtype. It keeps each weight that it has cast until it is closed."""
+        """Autocast to self.dtype. It keeps each learning weight that it has cast until it is
+        closed."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.forbidden.device.type, self.dtype, enabled=enabled)
 

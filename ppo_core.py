@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 import kl
-from policies import Policy, cached_decoder
+from policies import Policy, cached_decoder, read_once
 
 # What no preset changes. gamma, lambda and c_v are those of OpenAI's lm-human-preferences (the code
 # of 1909.08593), eps that of OpenAI baselines' PPO; the other two were not tuned.
@@ -257,6 +257,7 @@ class Rollout:
     kl_initial: Tensor  # [B, T] exact KL(pi_old || initial policy)
     entropy: Tensor  # [B, T] of pi_old(.|s_t)
     scores: Tensor  # [B] the reward, minus the missing-EOS penalty, without the KL penalty
+    states: Tensor | None = None  # [B, Q+T, D] behind the layers that do not learn (read_once)
 
     @property
     def prompt_length(self) -> int:
@@ -335,26 +336,28 @@ def collect(
     scores = scores - settings.missing_eos_penalty * (~ended).to(scores.dtype)
 
     # 2. Policy, references and initial policy read the answers, a few rows at a time: [b, T, V] is
-    #    the largest thing there is.
+    #    the largest thing there is. Layers that do not learn are the same in all, and read once.
     estimator = PENALTIES[settings.penalty].estimator
     parts = []
     for rows in torch.arange(len(ids), device=ids.device).split(settings.micro_batch):
         part = ids[rows], attention[rows], response[rows], mask[rows]
-        logprobs, all_logprobs, values = score_tokens(policy, *part, settings.temperature)
-        initial_logits, _ = initial.response_forward(*part[:2], prompt_ids.shape[1])
-        # A generator: one reference's logits in memory. The anchor has been read already.
-        logits = (initial_logits if model is initial
-                  else model.response_forward(*part[:2], prompt_ids.shape[1])[0]
-                  for model in references)
-        reference = kl.reference(logits, weights, rule=settings.rule, estimator=estimator,
-                                 tokens=part[2], temperature=settings.temperature)  # [b, T, X]
+        with read_once(policy.still_layers) as states:
+            logprobs, all_logprobs, values = score_tokens(policy, *part, settings.temperature)
+            initial_logits, _ = initial.response_forward(*part[:2], prompt_ids.shape[1])
+            # A generator: one reference's logits in memory. The anchor has been read already.
+            logits = (initial_logits if model is initial
+                      else model.response_forward(*part[:2], prompt_ids.shape[1])[0]
+                      for model in references)
+            reference = kl.reference(logits, weights, rule=settings.rule, estimator=estimator,
+                                     tokens=part[2], temperature=settings.temperature)  # [b, T, X]
         kl_tokens = kl_per_token(all_logprobs, reference, part[2], weights, settings)  # [b, T]
         initial_logprobs = initial_logits.div_(settings.temperature).log_softmax(-1)
         kl_initial = by_rows(kl.kl_exact, all_logprobs, initial_logprobs)
         uncertainty = by_rows(entropy, all_logprobs)
-        parts.append((logprobs, values, reference, kl_tokens, kl_initial, uncertainty))
-    columns = map(torch.cat, zip(*parts, strict=True))
-    return Rollout(ids, attention, response, mask, *columns, scores)
+        kept = [one for one in states if isinstance(one, Tensor)]
+        parts.append((logprobs, values, reference, kl_tokens, kl_initial, uncertainty, *kept))
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return Rollout(ids, attention, response, mask, *columns[:6], scores, *columns[6:])
 
 
 # -------------------------------------------------------------------------------------- one update
@@ -388,8 +391,10 @@ def ppo_loss(
     sigma: sigma_A, a scalar -> (loss, metrics), all scalars.
     """
     response, mask, old_logprobs = batch["response"], batch["mask"], batch["logprobs"]
-    logprobs, all_logprobs, values = score_tokens(
-        policy, batch["ids"], batch["attention"], response, mask, settings.temperature)
+    # Layers that do not learn have read the batch when it was collected.
+    with read_once(policy.still_layers, batch.get("states")):
+        logprobs, all_logprobs, values = score_tokens(
+            policy, batch["ids"], batch["attention"], response, mask, settings.temperature)
     pg_loss, clipfrac = policy_loss(
         logprobs, old_logprobs, batch["advantages"], mask, settings.clip)
     v_loss, value_clipfrac = value_loss(
@@ -435,6 +440,7 @@ def optimise(
     sigma = masked_std(advantages, mask)
     names = ("ids", "attention", "response", "mask", "logprobs", "values", "reference")
     tensors = {name: getattr(rollout, name) for name in names}
+    tensors |= {} if rollout.states is None else {"states": rollout.states}
     tensors |= {"advantages": whiten(advantages, mask), "returns": returns}
 
     # 2. Every epoch cuts the rows into minibatches anew, and each minibatch is one gradient step.

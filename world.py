@@ -11,7 +11,6 @@ and support/load.py's.
 Dimension key: B rows, Q prompt tokens (left-padded).
 """
 
-import copy
 import dataclasses
 import random
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 import data
+import policies
 import ppo_core
 from data import generator
 from support import fast, load, rows
@@ -75,11 +75,13 @@ class World:
                 what = " and ".join(part for part, differs in differ.items() if differs)
                 raise data.UserError(f"--model {s.model[0]} and {name} have different {what}: the "
                                      "agents must have one tokenizer")
+        for name, model in zip(s.model, self.models, strict=True):
+            load.check_layers(model, name, s.policy_layers, s.reward_probe)
         dtype = getattr(torch, s.dtype)
         # The initial policy is the loaded model itself and never moves; every other policy is a
         # copy of it.
-        self.initials = [fast.policy(model, self.forbidden, dtype).requires_grad_(False)
-                         for model in self.models]
+        self.initials = [fast.policy(model, self.forbidden, dtype, s.policy_layers)
+                         .requires_grad_(False) for model in self.models]
         self.initial = self.initials[0]
         for name, initial in zip(s.model, self.initials, strict=True):
             load.refuse_dtype(initial, name)
@@ -166,8 +168,9 @@ class World:
 
     def new_policy(self, index: int = 0) -> ppo_core.Policy:
         """A policy of agent `index` with its initial weights (ppo_core.Policy or a faster form)."""
-        model = copy.deepcopy(self.initial_of(index).model).requires_grad_(True)
-        return fast.policy(model, self.forbidden, self.initial.dtype)
+        initial = self.initial_of(index)
+        model = policies.twin(initial.model, initial.learning)
+        return fast.policy(model, self.forbidden, initial.dtype, initial.learning)
 
     def padded(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts -> ids, mask [B, Q], left-padded."""
@@ -208,7 +211,8 @@ class World:
             if time.monotonic() > told + 1:
                 told = time.monotonic()
                 say(f"{what}, step {done} of {steps}")
-        model = fast.reward_model(self.initial_of(index).model, s.reward_pooling, stream)
+        model = fast.reward_model(
+            self.initial_of(index).model, s.reward_pooling, stream, s.reward_probe)
         data.fit_reward_model(model, self.pair_ids(train), self.pad_id, lr=s.reward_lr,
                               epochs=s.reward_epochs, generator=stream, watch=watch)
         accuracy = data.preference_accuracy(model, self.pair_ids(heldout), self.pad_id)
@@ -283,9 +287,9 @@ def make_task(world: World, seed: int, pooled: bool = False,
         fitted *= len(shards) // len(fitted)  # a shared model serves every agent
 
     # 3. Scores become comparable: mean 0, std 1 on the initial policy's responses to its prompts.
-    say(f"seed {seed}: sampling, to normalise rewards")
     samples = []
     for i, shard in enumerate(shards):
+        say(f"seed {seed}: sampling, to normalise reward {i + 1} of {len(shards)}")
         stream = generator(seed, i, "normalisation")
         order = torch.randperm(len(shard.prompts), generator=stream)[:256].tolist()
         prompts = [shard.prompts[k] for k in order]

@@ -75,7 +75,7 @@ class InitialCopy(fedppo.Agent):
     """Sends the initial policy for ever: an agent that takes and gives nothing."""
 
     def message(self) -> Weights:
-        return self.world.initial.model.state_dict()
+        return self.world.initial.weights()
 
 
 ATTACKS: dict[str, type[fedppo.Agent]] = {

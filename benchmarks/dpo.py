@@ -63,13 +63,13 @@ def train(world: World, task: Task, arm: str, log: Callable[[dict], None]) -> li
     beta and lr are those of world.settings; log: as of fedppo.train.
     """
     agents = [make_agent(world, task, i) for i in range(len(task.shards))]
-    size = fedppo.size_of(world.model)
+    size = fedppo.size_of(world.initial)
     for rnd in range(ROUNDS + 1):
         if arm == "feddpo" and rnd:
-            states = [agent.policy.model.state_dict() for agent in agents]
+            states = [agent.policy.weights() for agent in agents]
             average = kl.average_weights(states, [1 / len(states)] * len(states))
             for agent in agents:
-                agent.policy.model.load_state_dict(average)
+                agent.policy.load(average)
         for agent in agents:
             started = time.perf_counter()
             losses = [step(agent, world.settings.beta) for _ in range(STEPS if rnd else 0)]

@@ -34,18 +34,15 @@ import ppo_core
 # ------------------------------------------------------------------------------------------ choice
 
 
-def policy(model: nn.Module, forbidden: Tensor, dtype: torch.dtype) -> ppo_core.Policy:
+def policy(model: nn.Module, *args) -> ppo_core.Policy:
     """ppo_core.Policy's arguments -> the fastest class of policy for this model."""
-    kind = FastPolicy if is_neox(model.base_model) else ppo_core.Policy
-    return kind(model, forbidden, dtype)
+    return (FastPolicy if is_neox(model.base_model) else ppo_core.Policy)(model, *args)
 
 
-def reward_model(
-    causal_lm: nn.Module, pooling: str, generator: torch.Generator
-) -> data.RewardModel:
+def reward_model(causal_lm: nn.Module, *args) -> data.RewardModel:
     """data.RewardModel's arguments -> the fastest class of reward model for this trunk."""
-    kind = FastRewardModel if is_neox(causal_lm.base_model) else data.RewardModel
-    return kind(causal_lm, pooling, generator)
+    return (FastRewardModel if is_neox(causal_lm.base_model) else data.RewardModel)(
+        causal_lm, *args)
 
 
 def is_neox(trunk: nn.Module) -> bool:

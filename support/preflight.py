@@ -4,6 +4,7 @@
 world.py; only their fields are read here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,13 @@ def report(world, task) -> None:
     if failed:
         raise UserError(f"preflight failed: {'; '.join(failed)} (see the list above for limits and "
                         "causes)")
+
+
+def alone(world, make_task: Callable, pooled: bool, quiet: bool) -> None:
+    """The list for the first seed of a run that is not trained; make_task: world.make_task."""
+    with tqdm(bar_format="{desc} {elapsed}", disable=quiet, leave=False) as bar:
+        task = make_task(world, world.settings.seeds[0], pooled, bar.set_description)
+    report(world, task)
 
 
 def preflight(world, task) -> list[Check]:

@@ -107,6 +107,10 @@ class Settings:
     reward_pooling: str = setting(
         "mean", "the scalar head reads the mean of the hidden states, or the last one",
         pythia="last", group="reward", choices=("mean", "last"))
+    reward_probe: int = setting(
+        0, "0: all weights of a reward model are fitted; N: its head alone, to what the model's "
+        "first N layers make of a text, which is cheap and may do better with few pairs",
+        group="reward")
     response_eos: bool | None = setting(
         True, "preference texts shorter than --response-length have ended: EOS is appended, and "
         "the reward model reads the EOS of rollouts; off where the data's responses were cut. With "
@@ -146,6 +150,10 @@ class Settings:
     response_length: int = setting(20, "longest response, in tokens", pythia=24, group="PPO")
     temperature: float = setting(1.0, "of sampler, policy and references alike", pythia=0.7,
                                  group="PPO")
+    policy_layers: int = setting(
+        0, "layers of a policy that learn, from the last; so does its value head, and nothing "
+        "else. What does not learn is kept once for all policies and never sent; 0: the whole "
+        "model learns", group="PPO")
     epochs: int = setting(2, "passes over a rollout (1707.06347)", pythia=4, group="PPO")
     minibatches: int = setting(2, "gradient steps per pass", pythia=1, group="PPO")
     micro_batch: int = setting(
@@ -323,7 +331,8 @@ POSITIVE = ("agents", "pairs", "eval_prompts", "reward_lr", "reward_epochs", "ro
             "batch", "response_length", "temperature", "epochs", "minibatches", "micro_batch",
             "lr", "clip")
 FRACTIONS = ("self_weight", "anchor", "participation")
-NOT_NEGATIVE = ("threads", "missing_eos_penalty", "outlier", "beta")
+NOT_NEGATIVE = ("threads", "policy_layers", "reward_probe", "missing_eos_penalty", "outlier",
+                "beta")
 
 
 def check(s: Settings, modes: dict, by_hand: frozenset[str]) -> None:

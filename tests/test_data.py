@@ -440,9 +440,9 @@ def test_the_learning_rate_falls_linearly_to_zero_and_adam_has_eps_1e_5(causal, 
 
 
 def test_each_epoch_shows_every_pair_once_by_default_in_batches_of_16(causal, monkeypatch):
-    shown, scores = [], data._pair_scores
-    monkeypatch.setattr(data, "_pair_scores", lambda model, pairs, pad: (
-        shown.append(pairs) or scores(model, pairs, pad)))
+    shown, both = [], data._both
+    monkeypatch.setattr(data, "_both", lambda read, pairs, *args: (
+        shown.append(pairs) or both(read, pairs, *args)))
     pairs = preferences(40, seed=0)
     data.fit_reward_model(reward_model(causal, "mean"), pairs, 1, lr=0.0, epochs=2,
                           generator=stream())

@@ -58,7 +58,7 @@ def test_dpo_learns_the_pairs_and_feddpo_averages_before_each_round(tiny_world, 
         assert len(averaged) == (3 if arm == "feddpo" else 0)
         start = [row["loss"] for row in log if row["round"] == 1]
         assert start == pytest.approx([0.6931] * 2, abs=1e-4)
-    size = fedppo.size_of(world.model)
+    size = fedppo.size_of(world.initial)
     assert [row["bytes"] for row in logs["feddpo"]] == [n * size for n in (0, 0, 1, 1, 2, 2, 3, 3)]
     assert {row["bytes"] for row in logs["dpo"]} == {0}
     monkeypatch.setattr(dpo, "STEPS", 8)

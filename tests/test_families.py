@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText as AutoModelForImages
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 import data
+import policies
 import ppo_core
 from support import fast, load, preflight
 
@@ -213,6 +214,8 @@ UNTRIED = {
 
 # Under autocast their own forward mixes types.
 FLOAT32_ONLY = {"dbrx"}
+# Their layers are in no list of their own, or read more than the one before them makes.
+UNDIVIDED = set()
 
 
 def saved(folder, kind: str, changes: dict) -> str:
@@ -305,7 +308,28 @@ def test_a_family_is_trained(tmp_path, small_settings, kind):
     loss = data.fit_reward_model(reward, [pair], pad_id, lr=1e-3, epochs=2, generator=stream)
     assert math.isfinite(loss)
 
-    # 4. The same in bfloat16: sampled, and read.
+    # 4. The last layer alone learns: the other is the initial model's own, and is read once.
+    if kind in UNDIVIDED:
+        with pytest.raises(data.UserError, match="cannot be divided"):
+            load.check_layers(model, kind, 1, 1)
+    else:
+        load.check_layers(model, kind, 1, 1)
+        initial, last = (fast.policy(one, forbidden, torch.float32, 1)
+                         for one in (model, policies.twin(model, 1)))
+        with torch.no_grad():
+            for weight in last.weights().values():
+                weight += 0.1 * torch.randn(weight.shape, generator=stream)
+            text = rollout.ids, rollout.attention, rollout.prompt_length
+            apart = [one.response_forward(*text)[0] for one in (last, initial)]
+            with policies.read_once(last.still_layers):
+                once = [one.response_forward(*text)[0] for one in (last, initial)]
+        for one, other in zip(apart, once, strict=True):
+            agree(one[valid][:, ~forbidden], other[valid][:, ~forbidden], "read once")
+        assert (apart[0] - apart[1])[valid][:, ~forbidden].abs().max() > 1e-3
+        probe = fast.reward_model(model, "mean", stream, 1)
+        assert data.fit_reward_model(probe, [pair], pad_id, lr=1e-1, epochs=9, generator=stream) < 1
+
+    # 5. The same in bfloat16: sampled, and read.
     if kind not in FLOAT32_ONLY:
         half = collect(fast.policy(model, forbidden, torch.bfloat16))
         assert torch.isfinite(half.logprobs[half.mask.bool()]).all()

@@ -107,7 +107,7 @@ def test_fedavg_is_merging_by_uniform_rows_under_the_rule_weights(world, four, c
     two, merged = train(world, four, "merged", topology="uniform", rule="weights", **changes)
     assert without_keys(rows, "bytes") == without_keys(merged, "bytes")
     assert all(equal(weights_of(a), weights_of(b)) for a, b in zip(one, two, strict=True))
-    size = fedppo.size_of(world.model)
+    size = fedppo.size_of(world.initial)
     present = [fedppo.participants(one[0].settings, 0, rnd) for rnd in range(3)]
     for agent, other in zip(one, two, strict=True):
         took_part = [here for here in present if here[agent.index]]
@@ -447,7 +447,7 @@ def test_an_absent_agent_trains_on_and_neither_sends_nor_receives(world, task, m
     missed = {(row["agent"], row["round"]): row.get("missed") for row in rows}
     assert missed[1, 2] == "absent" and missed[0, 2] == missed[2, 2] == "agent 1 absent"
     assert not any(text for (_, rnd), text in missed.items() if rnd != 2)
-    size = fedppo.size_of(world.model)
+    size = fedppo.size_of(world.initial)
     received = {(row["agent"], row["round"]): row.get("bytes", 0) / size for row in rows}
     assert [received[1, rnd] for rnd in (1, 2, 3)] == [2, 2, 4]
     assert [received[0, rnd] for rnd in (1, 2, 3)] == [2, 3, 5]
@@ -621,7 +621,7 @@ def test_agents_of_different_models_hear_each_other(mixed, monkeypatch):
     agents, rows = train(mixed, task, "federated", Watched)
     widths = [agent.policy.head.weight.shape[1] for agent in agents]
     assert widths == [64, 96, 64, 96]
-    sizes = [fedppo.size_of(agent.policy.model) for agent in agents]
+    sizes = [fedppo.size_of(agent.policy) for agent in agents]
     assert rows[-4]["bytes"] == 2 * (2 * sizes[1] + sizes[0])  # agent 0, two exchanges
     first = [row for row in rows if row["round"] == 1]
     assert all(row["kl"] > 0.01 for row in first), "another model is another distribution"

@@ -173,11 +173,11 @@ def test_dpo_and_two_sizes_of_model_have_rows_of_the_same_form(monkeypatch):
     monkeypatch.setattr(dpo, "ROUNDS", 2)
     row = short("feddpo", "pairs alone")
     assert len(report.split(row["judge_curve"])) == 3 and not row["kl_initial"]
-    size = fedppo.size_of(study.start(("tiny/model",)).model)
+    size = fedppo.size_of(study.start(("tiny/model",)).initial)
     assert row["bytes"] == 4 * 2 * size, "a server sends one policy to each"
     mixed = short("federated", "mixed sizes")
     small, large = (fedppo.size_of(model) for model in
-                    study.start(("tiny/model", "tiny/model-96x3")).models)
+                    study.start(("tiny/model", "tiny/model-96x3")).initials)
     assert large > 2 * small and mixed["bytes"] == 2 * (6 * small + 6 * large)
 
 

@@ -45,7 +45,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 KINDS = {"products": "amazonReviewSnippets", "films": "movieReviewSnippets",
          "editorials": "nytEditorialSnippets", "tweets": "tweets"}
 TOKENS = 24  # of a response
-SCALE = 4.0  # of the labels: log-odds per point of the judge's score
+SCALE = 8.0  # of the labels: log-odds per point of the judge's score
 CHUNK = 64  # prompts that are answered at a time
 
 # ------------------------------------------------------------------------------------------- fetch
@@ -116,11 +116,12 @@ def make_prompts(sentences: list[str], number: int, seed: str) -> list[str]:
 
 
 def label(prompt: str, responses: tuple[str, str]) -> dict | None:
-    """A row of preference data, by a Bradley-Terry draw on the judge's scores; None for equal
-    texts."""
-    if responses[0] == responses[1]:
+    """A row of preference data, by a Bradley-Terry draw on the judge's scores; None for equal ones:
+    a rater who sees no difference gives no label."""
+    responses = sorted(responses)
+    first, second = judge.score([prompt] * 2, responses, [False] * 2)
+    if first == second:
         return None
-    first, second = judge.score([prompt] * 2, list(responses), [False] * 2)
     digest = hashlib.sha256("\n".join([prompt, *responses]).encode()).digest()
     draw = int.from_bytes(digest[:8], "big") / 2**64
     if draw >= 1 / (1 + math.exp(-SCALE * (first - second))):
@@ -131,7 +132,8 @@ def label(prompt: str, responses: tuple[str, str]) -> dict | None:
 def make_pairs(prompts: list[str], path: Path, model, tokenizer, bar: tqdm) -> None:
     """Two samples to each prompt, at temperature 1 -> a row each, appended chunk by chunk."""
     state = path.with_suffix(".state")  # of which prompts, chunks in the file, its length then
-    which = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    what = "\n".join([f"{TOKENS} {SCALE}", *prompts])
+    which = hashlib.sha256(what.encode()).hexdigest()
     then, done, size = json.loads(state.read_text()) if state.exists() else ("", 0, 0)
     if then != which:  # of another --pairs: from the start
         done, size = 0, 0

@@ -2,12 +2,14 @@
 
     python benchmarks/real/make.py          first: model, pairs
     python benchmarks/real/run.py           hours on 2 cores; goes on where it was stopped
+    python benchmarks/real/run.py --seeds 2 --threads 1     one of them, as another process
 
 In reading order
-    1. SETTINGS    one command of fedppo.py for all modes and seeds
-    2. train       started or resumed, in FOLDER/runs/real
-    3. words       how many words a response has, and how many different ones: text that falls apart
-                   repeats itself
+    1. SETTINGS    one command of fedppo.py for all modes, one run for each seed
+    2. train       started or resumed, in FOLDER/runs/seed0, ...
+    3. answers     the trained agents are asked again: how many different words a response has (text
+                   that falls apart repeats itself), and which words they took to (what reward
+                   models ask for)
     4. write       benchmarks/results/real.csv, a line per mode and seed; real.md; real.png and .svg
 
 SETTINGS were found on seed 100 alone, which no table uses.
@@ -16,8 +18,9 @@ SETTINGS were found on seed 100 alone, which no table uses.
 import argparse
 import csv
 import json
-import shutil
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,29 +40,29 @@ MODES = ("isolated", "federated", "merged", "fedavg")
 SEEDS = ("0", "1", "2")
 SETTINGS = {
     "preset": "pythia-70m", "agents": "4", "shards": "split", "prompts": "own",
-    "pairs": "1000", "reward-lr": "5e-5", "reward-epochs": "2", "reward-pooling": "mean",
-    "rounds": "10", "updates": "4", "batch": "16", "epochs": "2", "micro-batch": "16",
-    "response-length": "24", "temperature": "1", "lr": "2e-5", "beta": "0.05",
-    "eval-prompts": "64"}
+    "pairs": "780", "reward-probe": "1", "reward-lr": "1e-2", "reward-epochs": "4",
+    "reward-pooling": "mean", "policy-layers": "4", "rounds": "5", "updates": "1", "batch": "48",
+    "epochs": "2", "minibatches": "4", "micro-batch": "12", "response-length": "24",
+    "temperature": "1", "lr": "1e-3", "lr-schedule": "constant", "beta": "0.05", "anchor": "0.1",
+    "eval-prompts": "48"}
+FREE = ("seeds", "name", "out", "device", "threads", "model", "dataset", "judge")  # may differ
 ASKED = 32  # held-out prompts whose answers' words are counted
 
 # ------------------------------------------------------------------------------------------- train
 
 
-def train(folder: Path, flags: list[str]) -> Path:
-    """One run of all modes and seeds -> its folder. Raises SystemExit if it does not finish.
+def train(folder: Path, seed: str, flags: list[str]) -> Path:
+    """One run of all modes -> its folder. Raises SystemExit if it does not finish.
 
-    flags: of fedppo.py, in place of those of SETTINGS.
+    flags: of fedppo.py, in place of those of SETTINGS; a finished run stays as it is.
     """
-    run = folder / "runs/real"
+    run = folder / f"runs/seed{seed}"
     if (run / "summary.json").exists():
-        if flags:
-            raise SystemExit(f"{run} is finished: {' '.join(flags)} would change nothing")
         return run
     given = {"judge": JUDGE, **SETTINGS}
     settings = [word for name, value in given.items() for word in (f"--{name}", value)]
     fresh = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs"), "--out",
-             str(folder / "runs"), "--name", "real", "--mode", *MODES, "--seeds", *SEEDS, *settings]
+             str(run.parent), "--name", run.name, "--mode", *MODES, "--seeds", seed, *settings]
     started = (run / "config.json").exists()
     again = ["--resume", str(run), "--judge", JUDGE]
     if code := fedppo.main((again if started else fresh) + flags):
@@ -67,30 +70,43 @@ def train(folder: Path, flags: list[str]) -> Path:
     return run
 
 
-# ------------------------------------------------------------------------------------------- words
+# ----------------------------------------------------------------------------------------- answers
+
+Answers = dict[tuple[str, str], list[list[str]]]  # (mode, kind of text): a response's words, each
 
 
-def count(answers: list[dict]) -> np.ndarray:
-    """[2] per response: different words, and all words."""
-    texts = [answer["response"].lower().split() for answer in answers]
-    return np.mean([[len(set(text)), len(text)] for text in texts], 0)
-
-
-def words(run: Path, seed: int, modes: list[str]) -> dict[str, np.ndarray]:
-    """Words per response, as `count` has them, of the initial policy ("before") and of a mode's
-    agents."""
+def answers(run: Path, seed: int, modes: list[str]) -> Answers:
+    """The words of each agent's responses to some held-out prompts; ("before", "") is the initial
+    policy's."""
     _, s = compare.run_of(str(run))
     table = compare.Table(s, seed)
-    table.prompts = deal_rows(table.world, seed)[0][:ASKED]
+    table.prompts, shards, _ = deal_rows(table.world, seed)
+    table.prompts = table.prompts[:ASKED]
     table.answer("before", table.world.initial)
+    names = {"before": ("before", "")}
     for mode in modes:
-        for agent in range(s.agents):
+        for agent, shard in enumerate(shards):
             home = run / "agents" / f"{mode}-seed{seed}-agent{agent}"
-            table.answer(f"{mode} {agent}", table.policy(home))
-    found = {name: count(answers) for name, answers in table.columns.items()}
-    return {"before": found["before"]} | {
-        mode: np.mean([found[f"{mode} {agent}"] for agent in range(s.agents)], 0)
-        for mode in modes}
+            table.answer(home.name, table.policy(home))
+            names[home.name] = (mode, " ".join(shard.splits))
+    return {names[column]: [re.findall(r"[a-z']+", row["response"].lower()) for row in rows]
+            for column, rows in table.columns.items()}
+
+
+def count(responses: list[list[str]]) -> np.ndarray:
+    """[2] per response: different words, and all words."""
+    return np.mean([[len(set(words)), len(words)] for words in responses], 0)
+
+
+def risen(before: list[list[str]], after: list[list[str]], number: int = 6) -> str:
+    """The words that most more of the responses hold after training, with both shares in %."""
+    def shares(responses: list[list[str]]) -> Counter:
+        held = Counter(word for words in responses for word in set(words))
+        return Counter({word: held[word] / len(responses) for word in held})
+
+    old, new = shares(before), shares(after)
+    most = sorted(new, key=lambda word: (old[word] - new[word], word))[:number]
+    return ", ".join(f"{word} {100 * old[word]:.0f} → {100 * new[word]:.0f}" for word in most)
 
 
 # ------------------------------------------------------------------------------------------- write
@@ -101,26 +117,24 @@ COLUMNS = ("mode", "seed", "judge_initial", "judge_final", "judge_own_initial", 
            "seconds", "curve")
 
 
-def rows_of(run: Path) -> list[dict]:
-    """A line for each mode and seed."""
+def rows_of(run: Path) -> tuple[list[dict], Answers]:
+    """A line for each mode of a run, which has one seed, and what its agents answered."""
     metrics = plot.load_metrics(run)
-    summary = plot.summarise(metrics)["modes"]
-    seeds = sorted({row["seed"] for row in metrics})
-    counted = {seed: words(run, seed, list(summary)) for seed in seeds}
-    lines = []
+    summary, seed = plot.summarise(metrics)["modes"], metrics[0]["seed"]
+    answered, lines = answers(run, seed, list(summary)), []
     for mode, entry in summary.items():
-        curves = dict(zip(seeds, plot.seed_curves(metrics, mode, "judge")[1], strict=True))
-        for seed in seeds:
-            fits = [row["reward_accuracy"] for row in metrics
-                    if (row["mode"], row["seed"], row["update"]) == (mode, seed, 0)]
-            line = {"mode": mode, "seed": seed} | entry["seeds"][str(seed)] | {
-                "reward_accuracy": sum(fits) / len(fits), "curve": report.join(curves[seed])}
-            for when, who in (("before", "before"), ("after", mode)):
-                different, every = map(float, counted[seed][who])
-                line |= {f"different_{when}": different, f"words_{when}": every}
-            lines.append({name: f"{line[name]:.4g}" if isinstance(line[name], float)
-                          else line[name] for name in COLUMNS})
-    return lines
+        curve, = plot.seed_curves(metrics, mode, "judge")[1]
+        fits = [row["reward_accuracy"] for row in metrics
+                if (row["mode"], row["update"]) == (mode, 0)]
+        line = {"mode": mode, "seed": seed} | entry["seeds"][str(seed)] | {
+            "reward_accuracy": sum(fits) / len(fits), "curve": report.join(curve)}
+        for when, who in (("before", "before"), ("after", mode)):
+            counts = [count(texts) for (name, _), texts in answered.items() if name == who]
+            different, every = map(float, np.mean(counts, 0))
+            line |= {f"different_{when}": different, f"words_{when}": every}
+        lines.append({name: f"{line[name]:.4g}" if isinstance(line[name], float)
+                      else line[name] for name in COLUMNS})
+    return lines, answered
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -128,11 +142,12 @@ def table(rows: list[dict]) -> list[str]:
     def values(mode: str, name: str) -> list[float]:
         return [float(row[name]) for row in rows if row["mode"] == mode]
 
+    alone = {row["seed"]: float(row["judge_final"]) for row in rows if row["mode"] == "isolated"}
     lines = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
         mean = {name: sum(values(mode, name)) / len(values(mode, name)) for name in COLUMNS[2:-1]}
-        final, alone = values(mode, "judge_final"), values("isolated", "judge_final")
-        apart = [f"{a - b:+.2f}" for a, b in zip(final, alone, strict=False)]
+        apart = [f"{float(row['judge_final']) - alone[row['seed']]:+.2f}" for row in rows
+                 if row["mode"] == mode and row["seed"] in alone]
         lines.append([
             f"`{mode}`", f"{mean['judge_initial']:.2f} → {mean['judge_final']:.2f}",
             f"{mean['judge_own_initial']:.2f} → {mean['judge_own_final']:.2f}",
@@ -140,26 +155,47 @@ def table(rows: list[dict]) -> list[str]:
             f"{mean['worst_agent_final']:.2f}", f"{mean['kl_initial_final']:.1f}",
             *(f"{mean[f'different_{when}']:.1f} of {mean[f'words_{when}']:.1f}"
               for when in ("before", "after")),
-            f"{mean['bytes'] / 1e9:.0f}", f"{mean['seconds'] / 3600:.1f}"])
+            f"{mean['bytes'] / 1e9:.1f}", f"{mean['seconds'] / 3600:.1f}"])
     return report.table("mode | judge's score, all kinds | own kind | minus `isolated`, each seed "
                         "| worst agent | KL to initial, nats | different words a response, before "
                         "| after | GB | hours", lines)
 
 
-def write(run: Path, results: Path) -> None:
-    """The results files of a finished run."""
-    rows = rows_of(run)
+def write(folder: Path, results: Path) -> None:
+    """The results files of all finished runs, which must have equal settings."""
+    runs = sorted(path.parent for path in (folder / "runs").glob("seed*/summary.json"))
+    configs = [json.loads((run / "config.json").read_text(encoding="utf-8")) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        differ = [name for name, value in config["settings"].items()
+                  if value != configs[0]["settings"][name] and name not in FREE]
+        if differ:
+            raise SystemExit(f"{run} and {runs[0]} differ in {', '.join(differ)}: one of them must "
+                             "be made anew")
+    found = [rows_of(run) for run in runs]
+    rows = sorted((row for lines, _ in found for row in lines),
+                  key=lambda row: (list(fedppo.MODES).index(row["mode"]), row["seed"]))
+    texts: Answers = {}  # of all seeds
+    for _, answered in found:
+        for name, responses in answered.items():
+            texts[name] = texts.get(name, []) + responses
+    taught = [[f"`{mode}`", kind, risen(texts["before", ""], responses)]
+              for (mode, kind), responses in texts.items() if kind]
     with (results / "real.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    hardware = json.loads((run / "config.json").read_text(encoding="utf-8"))["hardware"]
+    hardware = configs[0]["hardware"]
     machine = hardware["gpu"] or f"{hardware['cores']} CPU cores"
     lines = ["# A real language model on real text", "",
-             f"Made by `python benchmarks/real/run.py` on {machine}.", "", *table(rows)]
+             f"Made by `python benchmarks/real/run.py` on {machine}.", "", *table(rows), "",
+             *report.table("mode | agent | words that more of its responses hold than before, in %",
+                           taught)]
     (results / "real.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for kind in ("png", "svg"):
-        shutil.copy(run / f"curves.{kind}", results / f"real.{kind}")
+    together = folder / "runs/together"
+    together.mkdir(exist_ok=True)
+    with (together / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines((run / "metrics.jsonl").read_text(encoding="utf-8") for run in runs)
+    plot.draw([together], results / "real.png")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,10 +204,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=HERE.parents[2] / "fedppo-real",
                         help="where make.py has made model and pairs [%(default)s]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="[%(default)s]")
+    parser.add_argument("--seeds", nargs="+", default=SEEDS, help="one after the other [0 1 2]")
     options, flags = parser.parse_known_args(argv)
     if {"--out", "--name"} & set(flags):
-        parser.error("the run's folder is FOLDER/runs/real")
-    write(train(options.folder, flags), options.results)
+        parser.error("the folders of the runs are FOLDER/runs/seed0, ...")
+    for seed in options.seeds:
+        train(options.folder, seed, flags)
+    write(options.folder, options.results)
     return 0
 
 
