@@ -310,8 +310,8 @@ class RewardModel(nn.Module):
     of all valid tokens. The head starts with standard deviation 1/sqrt(D + 1), as in the code of
     1909.08593, drawn from `generator`.
 
-    probe: 0, and the whole trunk is trained; or the head alone is, on the states that the first
-    `probe` layers and the last norm make (a linear probe, 1610.01644): for few pairs, and cheap.
+    probe: 0 trains trunk and head; n > 0 cuts the trunk to its first n layers and its last norm,
+    freezes it and trains the head alone (a linear probe, 1610.01644): cheap, and for few pairs.
     """
 
     def __init__(self, causal_lm: nn.Module, pooling: str, generator: torch.Generator,
@@ -360,7 +360,7 @@ class RewardModel(nn.Module):
 
 def _both(read: Callable, pairs: list[TokenPair], pad_id: int,
           device: torch.device) -> tuple[Tensor, Tensor]:
-    """B pairs -> read(ids, mask) of (the chosen [B, ...], the rejected [B, ...]), in one call."""
+    """One call of read(ids, mask) for B pairs -> (of the chosen [B, ...], of the rejected)."""
     sequences = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
     return read(*pad(sequences, pad_id, "right", device)).chunk(2)
 
@@ -371,23 +371,23 @@ def fit_reward_model(model: RewardModel, pairs: list[TokenPair], pad_id: int, *,
     """Fit by Bradley-Terry -> the mean loss per pair of the last epoch, in nats.
 
     The loss is -log sigmoid(r(chosen) - r(rejected)) (2009.01325, sec. 3.4). Adam with eps 1e-5,
-    `batch` pairs per step, lr decays linearly to 0 over all steps. watch: told how far it is.
+    `batch` pairs per step, lr decays linearly to 0 over all steps. watch: told (steps done, all).
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, eps=1e-5, fused=True)
     device = model.head.weight.device
     probe = not any(weight.requires_grad for weight in model.trunk.parameters())
     if probe:  # what its head reads never changes: it is made once
         with torch.no_grad():
-            read = [torch.stack(_both(model.pooled, pairs[k:k + 64], pad_id, device), 1)
-                    for k in range(0, len(pairs), 64)]
-        states = torch.cat(read)  # [number of pairs, 2, D]
+            parts = [torch.stack(_both(model.pooled, pairs[k:k + 64], pad_id, device), 1)
+                     for k in range(0, len(pairs), 64)]
+        pooled = torch.cat(parts)  # [number of pairs, 2, D]
     steps = epochs * -(-len(pairs) // batch)  # the last, smaller batch is a step too
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     loss_sum = 0.0
     for _ in range(epochs):
         loss_sum = 0.0
         for rows in torch.randperm(len(pairs), generator=generator).split(batch):
-            chosen, rejected = (model.head(states[rows]).squeeze(-1).unbind(1) if probe else
+            chosen, rejected = (model.head(pooled[rows]).squeeze(-1).unbind(1) if probe else
                                 _both(model, [pairs[row] for row in rows], pad_id, device))
             loss = -F.logsigmoid(chosen - rejected).mean()
             optimizer.zero_grad()

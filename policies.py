@@ -85,6 +85,7 @@ def twin(model: nn.Module, learning: int) -> nn.Module:
     first, last = layers_of(model)[:-learning], layers_of(model)[-learning:]
     learn = {id(parameter) for parameter in last.parameters()}
     shared = [*first, *(one for one in model.parameters() if id(one) not in learn)]
+    # deepcopy's memo: an object listed there counts as copied, so both models hold it.
     made = copy.deepcopy(model, {id(one): one for one in shared}).requires_grad_(False)
     layers_of(made)[-learning:].requires_grad_(True)
     return made
@@ -92,13 +93,14 @@ def twin(model: nn.Module, learning: int) -> nn.Module:
 
 @contextlib.contextmanager
 def read_once(layers: list[nn.Module], known: Tensor | None = None) -> Iterator[list]:
-    """Within it, the first layers of several policies, which they share, read one input alone.
+    """Inside the block, the first `layers`, which several policies share, compute once.
 
-    Once the last of them has made its states, each of them returns these states at once, whatever
-    it is given: the caller gives all policies the same tokens. known: the states of these tokens,
-    if they were made before. Yields a list, which holds them afterwards: [B, L, D] in most
-    families, none in the fast form of GPT-NeoX, which calls no layer as a whole. A policy with
-    other layers reads as ever.
+    The first forward runs them and keeps what the last of them returns. In each later forward all
+    of them return that at once, unread, so that the policy's own layers go on from there. All
+    forwards must be of the same tokens and mask; nothing checks it. known [B, L, D]: what was kept
+    of these tokens by an earlier block. Yields the list in which it is kept: one tensor [B, L, D]
+    in most families, a tuple in some; nothing without layers, or in the fast form of GPT-NeoX,
+    which calls no layer as a whole.
     """
     made = [] if known is None else [known]
     before = [vars(layer).get("forward") for layer in layers]
@@ -135,10 +137,11 @@ class Policy(nn.Module):
 
     model: a Hugging Face causal LM with float32 weights, whose output embedding becomes a Head;
     forbidden [V]: bool, True at ids without a token and at the pad id, if that is not EOS;
-    dtype: of the matrix products of every forward but the last. The weights, their gradients, the
-    logits, the softmax over the vocabulary and the values are float32, so that with bfloat16 the
-    small steps of Adam do not round to nothing;
-    learning: how many of the last layers learn, 0 for the whole model (see `twin`).
+    dtype: of all matrix products but the output embedding's, which is a Head. The weights, their
+    gradients, the logits, the softmax over the vocabulary and the values are float32, so that with
+    bfloat16 the small steps of Adam do not round to nothing;
+    learning: how many of the model's last layers learn, 0: all of it. Nothing is frozen here: the
+    model is one that `twin` made, or the original of twins.
 
     The value head reads what the output embedding reads, whatever a model calls it; its size D is
     the output embedding's, which is not always config.hidden_size (OPT-350m).
@@ -170,7 +173,8 @@ class Policy(nn.Module):
         return list(layers_of(self.model)[:-self.learning]) if self.learning else []
 
     def weights(self) -> dict[str, Tensor]:
-        """What learns of the model, by name: it is what is sent, averaged and saved. Not copied."""
+        """The weights of the model that learn, by name: what is sent, averaged and saved (not the
+        value head, which stays local). Not copied."""
         weights = self.model.state_dict()
         if not self.learning:
             return weights

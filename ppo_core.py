@@ -64,17 +64,9 @@ def masked_std(x: Tensor, mask: Tensor) -> Tensor:
     return (masked_mean((x - mean) ** 2, mask) + 1e-8).sqrt()
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """(x - mean) / std over valid entries, biased variance; 0 where mask is 0. x, mask: one shape.
-
-    shift_mean=False adds the mean back, (x - mean) / std + mean, as OpenAI's 2019 code did for
-    rewards.
-    """
-    mean = masked_mean(x, mask)
-    whitened = (x - mean) / masked_std(x, mask)
-    if not shift_mean:
-        whitened = whitened + mean
-    return torch.where(mask.bool(), whitened, 0)
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / std of valid entries, biased variance; 0 where mask is 0. x, mask: one shape."""
+    return torch.where(mask.bool(), (x - masked_mean(x, mask)) / masked_std(x, mask), 0)
 
 
 # ----------------------------------------------------------------------------------- the algorithm
@@ -250,14 +242,14 @@ class Rollout:
     attention: Tensor  # [B, Q+T] 1 = a real token
     response: Tensor  # [B, T]
     mask: Tensor  # [B, T] 1 up to and with EOS
+    scores: Tensor  # [B] the reward, minus the missing-EOS penalty, without the KL penalty
     logprobs: Tensor  # [B, T] log pi_old(a_t|s_t)
     values: Tensor  # [B, T] V_old(s_t)
     reference: Tensor  # [B, T, X] what the penalty needs to know of the references (kl.reference)
     kl: Tensor  # [B, T] the penalty at pi_old, by the estimator that is trained on
     kl_initial: Tensor  # [B, T] exact KL(pi_old || initial policy)
     entropy: Tensor  # [B, T] of pi_old(.|s_t)
-    scores: Tensor  # [B] the reward, minus the missing-EOS penalty, without the KL penalty
-    states: Tensor | None = None  # [B, Q+T, D] behind the layers that do not learn (read_once)
+    states: Tensor | None = None  # [B, Q+T, D] made by the layers that do not learn (read_once)
 
     @property
     def prompt_length(self) -> int:
@@ -344,7 +336,7 @@ def collect(
         with read_once(policy.still_layers) as states:
             logprobs, all_logprobs, values = score_tokens(policy, *part, settings.temperature)
             initial_logits, _ = initial.response_forward(*part[:2], prompt_ids.shape[1])
-            # A generator: one reference's logits in memory. The anchor has been read already.
+            # A generator: one reference's logits in memory. One of them may be the initial policy.
             logits = (initial_logits if model is initial
                       else model.response_forward(*part[:2], prompt_ids.shape[1])[0]
                       for model in references)
@@ -354,10 +346,11 @@ def collect(
         initial_logprobs = initial_logits.div_(settings.temperature).log_softmax(-1)
         kl_initial = by_rows(kl.kl_exact, all_logprobs, initial_logprobs)
         uncertainty = by_rows(entropy, all_logprobs)
+        # [b, Q+T, D]; none if all layers learn, or if a layer returns more than its states.
         kept = [one for one in states if isinstance(one, Tensor)]
         parts.append((logprobs, values, reference, kl_tokens, kl_initial, uncertainty, *kept))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Rollout(ids, attention, response, mask, *columns[:6], scores, *columns[6:])
+    columns = map(torch.cat, zip(*parts, strict=True))
+    return Rollout(ids, attention, response, mask, scores, *columns)
 
 
 # -------------------------------------------------------------------------------------- one update

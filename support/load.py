@@ -189,19 +189,19 @@ def check_layers(model: torch.nn.Module, name: str, policy_layers: int, reward_p
 
 
 def _check_twin(model: torch.nn.Module, learning: int) -> None:
-    """Whether the last layers alone differ in a twin, and the first ones can be read once for both.
-    Raises ValueError."""
+    """Raise ValueError unless a twin shares no weight that learns, and its other layers can be read
+    once for both."""
     if not learning:
         return
-    other, twins = twin(model, learning), {}
-    for one in (model, other):
-        twins |= {id(parameter): one for parameter in layers_of(one)[-learning:].parameters()}
+    other = twin(model, learning)
+    last = {id(parameter) for one in (model, other)
+            for parameter in layers_of(one)[-learning:].parameters()}
     both = {id(parameter) for parameter in model.parameters()} & {
         id(parameter) for parameter in other.parameters()}
-    if both & twins.keys():
+    if both & last:
         raise ValueError("its last layers have weights in common with others")
     still = list(layers_of(other)[:-learning])
-    texts = torch.arange(2, 34, device=model.device).view(2, 2, 8)  # two, of two rows
+    texts = torch.arange(2, 34, device=model.device).view(2, 2, 8)  # 2 texts [B, L]
     mask = torch.ones_like(texts[0])
     mask[1, :3] = 0  # padded on the left, as in training
 
@@ -210,19 +210,20 @@ def _check_twin(model: torch.nn.Module, learning: int) -> None:
             policy, input_ids=text, attention_mask=mask, position_ids=position_ids(mask),
             use_cache=False)).logits[mask.bool()]
 
-    whole, _ = logits(model, texts[0]), logits(model, texts[1])
+    whole = logits(model, texts[0])
+    logits(model, texts[1])  # so that nothing of the first text is left anywhere
     with read_once(still) as states:
         found = [logits(other, texts[0]), logits(model, texts[0])]
     if still and isinstance(states[0], Tensor):
-        logits(model, texts[1])  # so that nothing of the first text is left anywhere
+        logits(model, texts[1])
         with read_once(still, states[0]):
             found.append(logits(other, texts[0]))
     if not all(torch.allclose(one, whole, atol=1e-4 * (1 + whole.abs().max())) for one in found):
-        raise ValueError("a layer reads more than the one before it makes")
+        raise ValueError("its last layers need more than the states that the others make")
 
 
 def _check_probe(model: torch.nn.Module, probe: int) -> None:
-    """Whether a reward model of the first layers reads these and no others. Raises ValueError."""
+    """Raise ValueError unless a reward model of the first layers reads these and no others."""
     if not probe:
         return
     reward = RewardModel(model, "mean", torch.Generator(), probe)

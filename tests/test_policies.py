@@ -185,7 +185,7 @@ def test_layers_that_do_not_stand_alone_are_refused(world):
     first, last = model.model.layers[0].mlp, model.model.layers[3].mlp
     first.register_forward_hook(lambda layer, args, output: left.append(output))
     last.register_forward_hook(lambda layer, args, output: output + left.pop() if left else output)
-    with pytest.raises(data.UserError, match="a layer reads more than the one before it makes"):
+    with pytest.raises(data.UserError, match="need more than the states"):
         load.check_layers(model, "odd", 2, 0)
 
 
@@ -195,7 +195,7 @@ def test_what_a_layer_has_left_of_another_text_is_not_taken_for_its_own(world):
     first, last = model.model.layers[0].mlp, model.model.layers[3].mlp
     first.register_forward_hook(lambda layer, args, output: left.__setitem__(0, output))
     last.register_forward_hook(lambda layer, args, output: output + left[0])
-    with pytest.raises(data.UserError, match="a layer reads more than the one before it makes"):
+    with pytest.raises(data.UserError, match="need more than the states"):
         load.check_layers(model, "odd", 2, 0)
 
 

