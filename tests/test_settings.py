@@ -69,7 +69,8 @@ OTHER = {  # a value that is neither preset's, where twice the preset's would no
     "reward": "shared", "reward_pooling": "last", "rule": "weights", "topology": "ring",
     "lr_schedule": "linear", "penalty": "k2-in-loss", "anchor": 0.5, "participation": 0.5,
     "beta": 0.7, "lr": 0.2, "self_weight": 0.5, "minibatches": 8, "missing_eos_penalty": 0.25,
-    "threads": 3, "micro_batch": 16, "split_column": "topic"}
+    "threads": 3, "micro_batch": 16, "split_column": "topic", "policy_layers": 1,
+    "reward_probe": 1}
 
 
 def decided(name, value):
