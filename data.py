@@ -323,7 +323,7 @@ class RewardModel(nn.Module):
         self.trunk = copy.deepcopy(trunk).eval().requires_grad_(True)
         if probe:
             del policies.layers_of(self.trunk)[probe:]
-            self.trunk.config.num_hidden_layers = probe
+            self.trunk.config.get_text_config().num_hidden_layers = probe
             self.trunk.requires_grad_(False)
         self.pooling = pooling
         with torch.no_grad():  # D is what the trunk gives: config.hidden_size, but not always

@@ -65,7 +65,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     """The layers of a causal LM or its trunk, first to last; of what reads images too, those of the
     text. Raises ValueError."""
     number = model.config.get_text_config().num_hidden_layers
-    for name, module in model.get_decoder().named_modules():
+    for name, module in (*model.get_decoder().named_modules(), *model.named_modules()):
         inside = any(part.isdecimal() for part in name.split("."))  # a list within a layer
         if isinstance(module, nn.ModuleList) and len(module) == number and not inside:
             return module

@@ -210,7 +210,14 @@ def _check_twin(model: torch.nn.Module, learning: int) -> None:
             policy, input_ids=text, attention_mask=mask, position_ids=position_ids(mask),
             use_cache=False)).logits[mask.bool()]
 
+    ran: list[torch.nn.Module] = []
+    hooks = [layer.register_forward_hook(lambda layer, *args: ran.append(layer))
+             for layer in layers_of(model)[-learning:]]
     whole = logits(model, texts[0])
+    for hook in hooks:
+        hook.remove()
+    if len(ran) != learning:
+        raise ValueError("one of its last layers does not read a text")
     logits(model, texts[1])  # so that nothing of the first text is left anywhere
     with read_once(still) as states:
         found = [logits(other, texts[0]), logits(model, texts[0])]
