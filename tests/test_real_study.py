@@ -106,10 +106,11 @@ def test_pairs_go_on_where_they_were_stopped(real, tmp_path, monkeypatch):
 
 
 def test_words_are_counted_once_a_response_and_ranked_by_their_rise(real):
-    before = [["a", "b"], ["a", "c"], ["b", "c"], ["a", "a"]]
-    after = [["good", "a", "good"], ["good", "b"], ["fine", "a"], ["a", "good"]]
+    before, after = ([{"response": text} for text in texts] for texts in (
+        ["a b", "A, c", "b c", "a a"], ["Good a good", "good. b", "fine a", "a good"]))
     assert real.run.risen(before, after, 3) == "good 0 → 75, fine 0 → 25, a 75 → 75"
-    assert real.run.count(after).tolist() == [2.0, 2.25]
+    assert real.run.count(after).tolist() == [2.0, 2.25, 0.0]
+    assert real.run.count([{"response": "job job job"}, {"response": "no"}]).tolist() == [1, 2, 0.5]
 
 
 @pytest.mark.slow

@@ -77,47 +77,45 @@ def train(folder: Path, seed: str, flags: list[str]) -> Path:
 
 # ----------------------------------------------------------------------------------------- answers
 
-Answers = dict[tuple[str, str], list[list[str]]]  # (mode, kind of text): a response's words, each
+def answers(run: Path) -> dict:
+    """Ask a finished run's initial policy and agents ASKED held-out prompts; kept in answers.json.
 
-
-def answers(run: Path, seed: int, modes: list[str]) -> tuple[Answers, list[list[str]]]:
-    """Ask the initial policy and the trained agents ASKED held-out prompts.
-
-    -> (the words of each response; the initial policy is ("before", "")), (for each agent a row:
-    kind, a prompt of it, the response before training and after that by each mode, with scores).
+    -> {"prompts": texts, "kinds": of each, "agents": the kind of each agent, "columns": {"before",
+    or an agent's folder: a response with its score, as compare.py has them, for each prompt}}.
     """
+    kept = run / "answers.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
     _, s = compare.run_of(str(run))
-    table = compare.Table(s, seed)
-    table.prompts, shards, _ = deal_rows(table.world, seed)
-    table.prompts = table.prompts[:ASKED]
+    table = compare.Table(s, s.seeds[0])
+    prompts, shards, _ = deal_rows(table.world, s.seeds[0])
+    table.prompts = prompts[:ASKED]
     table.answer("before", table.world.initial)
-    names = {"before": ("before", "")}
-    for mode in modes:
-        for agent, shard in enumerate(shards):
-            home = run / "agents" / f"{mode}-seed{seed}-agent{agent}"
-            table.answer(home.name, table.policy(home))
-            names[home.name] = (mode, " ".join(shard.splits))
-    # The first row of a prompt says whose it is, as in world.py.
+    for home in sorted((run / "agents").iterdir()):
+        table.answer(home.name, table.policy(home))
+    # The first row of a prompt says of what kind it is, as in world.py.
     split = {pair.prompt: pair.split for pair in reversed(table.world.pairs)}
-    samples = []
-    for agent, shard in enumerate(shards):
-        n = [n for n, prompt in enumerate(table.prompts) if split[prompt] in shard.splits][SHOWN]
-        columns = ["before", *(f"{mode}-seed{seed}-agent{agent}" for mode in modes)]
-        cells = [sample_cell(table.columns[column][n]) for column in columns]
-        samples.append([" ".join(shard.splits), table.prompts[n], *cells])
-    return {names[column]: [re.findall(r"[a-z']+", row["response"].lower()) for row in rows]
-            for column, rows in table.columns.items()}, samples
+    found = {"prompts": table.prompts, "kinds": [split[prompt] for prompt in table.prompts],
+             "agents": [" ".join(shard.splits) for shard in shards], "columns": table.columns}
+    kept.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
-def count(responses: list[list[str]]) -> np.ndarray:
-    """[2] per response: different words, and all words."""
-    return np.mean([[len(set(words)), len(words)] for words in responses], 0)
+def words(response: dict) -> list[str]:
+    return re.findall(r"[a-z']+", response["response"].lower())
 
 
-def risen(before: list[list[str]], after: list[list[str]], number: int = 6) -> str:
+def count(responses: list[dict]) -> np.ndarray:
+    """[3]: different words and all words per response, and the share of responses of which fewer
+    than half of the words are different: text that has fallen apart."""
+    sizes = [(len(set(text)), len(text)) for text in map(words, responses)]
+    return np.mean([[different, every, different < every / 2] for different, every in sizes], 0)
+
+
+def risen(before: list[dict], after: list[dict], number: int = 6) -> str:
     """The words that most more of the responses hold after training, with both shares in %."""
-    def shares(responses: list[list[str]]) -> Counter:
-        held = Counter(word for words in responses for word in set(words))
+    def shares(responses: list[dict]) -> Counter:
+        held = Counter(word for response in responses for word in set(words(response)))
         return Counter({word: held[word] / len(responses) for word in held})
 
     old, new = shares(before), shares(after)
@@ -127,30 +125,56 @@ def risen(before: list[list[str]], after: list[list[str]], number: int = 6) -> s
 
 # ------------------------------------------------------------------------------------------- write
 
+COUNTED = ("different", "words", "repeating")  # what `count` gives
 COLUMNS = ("mode", "seed", "judge_initial", "judge_final", "judge_own_initial", "judge_own_final",
            "worst_agent_final", "reward_final", "kl_initial_final", "reward_accuracy",
-           "different_before", "words_before", "different_after", "words_after", "bytes",
+           *(f"{name}_{when}" for when in ("before", "after") for name in COUNTED), "bytes",
            "seconds", "curve")
 
 
-def rows_of(run: Path) -> tuple[list[dict], Answers, list[list[str]]]:
-    """A line for each mode of a run, which has one seed, and what `answers` found."""
+def rows_of(run: Path) -> list[dict]:
+    """A line for each mode of a run, which has one seed."""
     metrics = plot.load_metrics(run)
     summary, seed = plot.summarise(metrics)["modes"], metrics[0]["seed"]
-    (answered, samples), lines = answers(run, seed, list(summary)), []
+    columns, lines = answers(run)["columns"], []
     for mode, entry in summary.items():
         curve, = plot.seed_curves(metrics, mode, "judge")[1]
         fits = [row["reward_accuracy"] for row in metrics
                 if (row["mode"], row["update"]) == (mode, 0)]
         line = {"mode": mode, "seed": seed} | entry["seeds"][str(seed)] | {
             "reward_accuracy": sum(fits) / len(fits), "curve": report.join(curve)}
-        for when, who in (("before", "before"), ("after", mode)):
-            counts = [count(texts) for (name, _), texts in answered.items() if name == who]
-            different, every = map(float, np.mean(counts, 0))
-            line |= {f"different_{when}": different, f"words_{when}": every}
+        for when, who in (("before", "before"), ("after", f"{mode}-")):
+            counts = [count(column) for name, column in columns.items() if name.startswith(who)]
+            numbers = map(float, np.mean(counts, 0))
+            line |= dict(zip((f"{name}_{when}" for name in COUNTED), numbers, strict=True))
         lines.append({name: f"{line[name]:.4g}" if isinstance(line[name], float)
                       else line[name] for name in COLUMNS})
-    return lines, answered, samples
+    return lines
+
+
+def taught(runs: list[Path], modes: list[str]) -> list[list[str]]:
+    """For each mode and agent, what its responses in all runs say more often than before."""
+    found, lines = [answers(run) for run in runs], []
+    before = [response for one in found for response in one["columns"]["before"]]
+    for mode in modes:
+        for agent, kind in enumerate(found[0]["agents"]):
+            after = [response for one in found for name, column in one["columns"].items()
+                     if name.startswith(f"{mode}-") and name.endswith(f"-agent{agent}")
+                     for response in column]
+            lines.append([f"`{mode}`", kind, risen(before, after)])
+    return lines
+
+
+def samples(run: Path, modes: list[str]) -> list[list[str]]:
+    """For each agent a prompt of its own kind, and its responses before and after each mode."""
+    found, lines = answers(run), []
+    for agent, kind in enumerate(found["agents"]):
+        n = [n for n, other in enumerate(found["kinds"]) if other in kind.split()][SHOWN]
+        names = [name for mode in modes for name in found["columns"]
+                 if name.startswith(f"{mode}-") and name.endswith(f"-agent{agent}")]
+        cells = [sample_cell(found["columns"][name][n]) for name in ("before", *names)]
+        lines.append([kind, found["prompts"][n], *cells])
+    return lines
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -171,10 +195,11 @@ def table(rows: list[dict]) -> list[str]:
             f"{mean['worst_agent_final']:.2f}", f"{mean['kl_initial_final']:.1f}",
             *(f"{mean[f'different_{when}']:.1f} of {mean[f'words_{when}']:.1f}"
               for when in ("before", "after")),
+            f"{100 * mean['repeating_before']:.0f} → {100 * mean['repeating_after']:.0f} %",
             f"{mean['bytes'] / 1e9:.1f}", f"{mean['seconds'] / 3600:.1f}"])
     return report.table("mode | judge's score, all kinds | own kind | minus `isolated`, each seed "
                         "| worst agent | KL to initial, nats | different words a response, before "
-                        "| after | GB | hours", lines)
+                        "| after | responses that repeat themselves | GB | hours", lines)
 
 
 def write(folder: Path, results: Path) -> None:
@@ -187,15 +212,8 @@ def write(folder: Path, results: Path) -> None:
         if differ:
             raise SystemExit(f"{run} and {runs[0]} differ in {', '.join(differ)}: one of them must "
                              "be made anew")
-    found = [rows_of(run) for run in runs]
-    rows = sorted((row for lines, *_ in found for row in lines),
+    rows = sorted((row for run in runs for row in rows_of(run)),
                   key=lambda row: (list(fedppo.MODES).index(row["mode"]), row["seed"]))
-    texts: Answers = {}  # of all seeds
-    for _, answered, _ in found:
-        for name, responses in answered.items():
-            texts[name] = texts.get(name, []) + responses
-    taught = [[f"`{mode}`", kind, risen(texts["before", ""], responses)]
-              for (mode, kind), responses in texts.items() if kind]
     with (results / "real.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -205,8 +223,8 @@ def write(folder: Path, results: Path) -> None:
     lines = ["# A real language model on real text", "",
              f"Made by `python benchmarks/real/run.py` on {machine}.", "", *table(rows), "",
              *report.table("mode | agent | words that more of its responses hold than before, in %",
-                           taught), "",
-             *markdown_table(["agent", "prompt", "before", *modes], found[0][2])]
+                           taught(runs, modes)), "",
+             *markdown_table(["agent", "prompt", "before", *modes], samples(runs[0], modes))]
     (results / "real.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     together = folder / "runs/together"
     together.mkdir(exist_ok=True)
