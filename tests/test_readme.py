@@ -121,9 +121,10 @@ def section(title: str) -> str:
     (README.split("**Does it help?**")[1].split("\n## ")[0], "tables.md", 1),
     (section("What was measured"), "tables.md", 8),
     (section("When an agent is bad"), "attacks.md", 1),
+    (section("A real language model on real text"), "real.md", 2),
     (section("Speed"), "speed-*.md", 5),
     (section("What did not work"), "tables.md", 0),
-], ids=["first screen", "measured", "attacks", "speed", "did not work"])
+], ids=["first screen", "measured", "attacks", "real", "speed", "did not work"])
 def test_every_result_stands_in_its_file(text, file, count):
     """Each table is a part of one table of the file, and each difference with a band is in it."""
     made = [path.read_text() for path in sorted(RESULTS.glob(file))]
