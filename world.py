@@ -78,8 +78,8 @@ class World:
         for name, model in zip(s.model, self.models, strict=True):
             load.check_layers(model, name, s.policy_layers, s.reward_probe)
         dtype = getattr(torch, s.dtype)
-        # The initial policy is the loaded model itself and never moves; every other policy is a
-        # copy of it.
+        # The initial policy is the loaded model itself and never moves; every other policy is its
+        # twin.
         self.initials = [fast.policy(model, self.forbidden, dtype, s.policy_layers)
                          .requires_grad_(False) for model in self.models]
         self.initial = self.initials[0]
