@@ -151,7 +151,8 @@ class Run:
             print(f"\ninterrupted, but {self.folder} is finished")
         elif isinstance(error, KeyboardInterrupt):
             goes_on = "continues from the last checkpoint" if self.checkpoints() else "starts over"
-            print(f"\ninterrupted: {shlex.join([sys.executable, sys.argv[0]])} {again} {goes_on}")
+            program = sys.argv[0] if Path(sys.argv[0]).stem == "fedppo" else load.HOME / "fedppo.py"
+            print(f"\ninterrupted: {shlex.join([sys.executable, str(program)])} {again} {goes_on}")
         elif isinstance(error, FloatingPointError):
             last = self.rows[-1]
             raise FloatingPointError(f"{last['mode']}, seed {last['seed']}, {error} (metrics so "

@@ -114,7 +114,7 @@ def test_words_are_counted_once_a_response_and_ranked_by_their_rise(real):
 
 
 @pytest.mark.slow
-def test_the_study_on_a_stand_in(real, tmp_path, monkeypatch):
+def test_the_study_on_a_stand_in(real, tmp_path, monkeypatch, capsys):
     shutil.copytree(load.HOME / "tiny/model", tmp_path / "model")
     shutil.copytree(load.HOME / "tiny/data", tmp_path / "pairs")
     judge = str(load.HOME / "tiny/judge.py") + ":score"
@@ -128,6 +128,7 @@ def test_the_study_on_a_stand_in(real, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):  # stopped, and gone on with
         real.run.main([*here, *flags])
     assert not (tmp_path / "runs/seed3/summary.json").exists()
+    assert f"{load.HOME}/fedppo.py --resume" in capsys.readouterr().out, "pytest cannot go on"
     monkeypatch.setattr(support.run.Run, "finish", finish)
     assert real.run.main([*here, *flags]) == 0
     with (tmp_path / "real.csv").open() as file:
