@@ -168,8 +168,8 @@ def sample(prompts: list[str], model, tokenizer, stream: torch.Generator) -> lis
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=FOLDER, help="[%(default)s]")
-    parser.add_argument("--pairs", type=int, default=1200, help="prompts of each kind, at most; "
-                        "one whose responses score alike gives no pair [1200]")
+    parser.add_argument("--pairs", type=int, default=1600, help="prompts of each kind, at most; "
+                        "one whose responses score alike gives no pair [1600]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     started = time.perf_counter()

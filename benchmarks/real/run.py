@@ -42,10 +42,10 @@ SEEDS = ("0", "1", "2")
 SETTINGS = {
     "preset": "pythia-70m",  # the one for real models
     "agents": "4", "shards": "split", "prompts": "own",
-    "pairs": "780", "reward-probe": "1", "reward-lr": "1e-2", "reward-epochs": "4",
+    "pairs": "1050", "reward-probe": "1", "reward-lr": "1e-2", "reward-epochs": "4",
     "reward-pooling": "mean", "policy-layers": "4", "rounds": "5", "updates": "1", "batch": "48",
-    "epochs": "2", "minibatches": "4", "micro-batch": "12", "response-length": "24",
-    "temperature": "1", "lr": "1e-3", "lr-schedule": "constant", "beta": "0.05", "anchor": "0.1",
+    "epochs": "2", "minibatches": "8", "micro-batch": "6", "response-length": "24",
+    "temperature": "1", "lr": "8e-4", "lr-schedule": "constant", "beta": "0.1", "anchor": "0.1",
     "eval-prompts": "48"}
 # Paths and machines, in which runs that stand in one table may differ.
 FREE = ("seeds", "name", "out", "device", "threads", "model", "dataset", "judge")
