@@ -45,9 +45,10 @@ def load_world(s: Settings, reason: str, modes: dict,
               "exchange comes before the first update, when all policies are equal")
     # Too little data is said now, not when earlier seeds are trained.
     deals = {seed: describe_deal(deal_rows(world, seed)[1]) for seed in s.seeds}
+    fits = "" if world.given_reward else "; {pairs} pairs fit its reward model, {heldout} test it"
     for line in deals[s.seeds[0]][:8]:
-        print("agent {agent}: {rows} rows of {prompts} prompts from {}; {pairs} pairs fit its "
-              "reward model, {heldout} test it".format(", ".join(line["splits"]), **line))
+        print(("agent {agent}: {rows} rows of {prompts} prompts from {}" + fits).format(
+            ", ".join(line["splits"]), **line))
     if s.agents > 8:
         print("(and so on: config.json has every agent's)")
     return world, deals

@@ -315,13 +315,15 @@ def test_one_that_fails_later_leaves_the_folders_name_free(base, tmp_path, mine,
     assert not list((tmp_path / "runs").rglob("*"))
 
 
-def test_a_reward_that_is_a_rule_needs_prompts_alone(base, refused, tmp_path, mine):
+def test_a_reward_that_is_a_rule_needs_prompts_alone(base, refused, tmp_path, mine, capfd):
     table = [{"prompt": f"The room {i} was"} for i in range(9)]
     flags = ["--dataset", str(worlds.write_jsonl(tmp_path / "prompts.jsonl", table)), "--reward",
              f"{mine}:length"]
     said(refused(*flags, "--judge", "heldout"),
          ["no column 'chosen'", "--judge that is one too, or none"])
     assert fedppo.main([*base, *flags]) == 0
+    dealt = [line for line in capfd.readouterr().out.splitlines() if line.startswith("agent 0: ")]
+    assert dealt and "reward model" not in dealt[0]  # there is none that rows could fit
     row = json.loads((tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["reward_accuracy"] is None
 
