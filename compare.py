@@ -196,10 +196,11 @@ def compare(options) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     judge = judge_of(s, options.judge)
-    # No reward is needed here; a rule keeps rows without labels, as the run's own reward did.
-    reward = s.reward if s.reward in FITTED else "tiny/judge.py:score"
-    table = Table(decided(dataclasses.replace(s, judge=judge, reward=reward, device="auto")),
-                  options.seed)
+    # No reward is needed here. But which rows are dropped, and so which prompts are held out, must
+    # be as in the run, which read labels if it fitted a reward or a judge to them.
+    reward = "private" if s.reward in FITTED or s.judge == "heldout" else "tiny/judge.py:score"
+    table = Table(decided(dataclasses.replace(s, judge=judge, reward=reward, pairs=0,
+                                              device="auto")), options.seed)
     if options.chat:
         return chat(table, table.policy(models[0]))
     if options.prompts is None:

@@ -376,7 +376,7 @@ def check_combinations(s: Settings, modes: dict) -> None:
 
 def check_heeded(s: Settings, modes: dict, by_hand: frozenset[str]) -> None:
     """A flag that is given by hand must mean something in one of the modes. Raises UserError."""
-    weighted, peers = s.topology in ("self", "ring", "star"), s.agents > 1
+    weighted, peers = ("self", "ring", "star"), s.agents > 1
 
     def mixes(row) -> bool:
         """Whether an agent can have more than one reference."""
@@ -385,7 +385,7 @@ def check_heeded(s: Settings, modes: dict, by_hand: frozenset[str]) -> None:
 
     heeds = {  # what a mode must have for a flag to mean anything in it
         "topology": lambda row: peers and row.topology is None,
-        "self_weight": lambda row: peers and row.topology is None and weighted,
+        "self_weight": lambda row: peers and (row.topology or s.topology) in weighted,
         "rule": lambda row: row.rule is None and mixes(row),
         "anchor": lambda row: row.anchor != 1,
         "participation": lambda row: peers and row.exchanges,
@@ -393,7 +393,7 @@ def check_heeded(s: Settings, modes: dict, by_hand: frozenset[str]) -> None:
     for name in [name for name in heeds if name in by_hand]:
         if not any(heeds[name](modes[mode]) for mode in s.mode):
             where = "" if peers else " with --agents 1"
-            if peers and name == "self_weight" and not weighted:
+            if peers and name == "self_weight" and s.topology not in weighted:
                 where = f" with --topology {s.topology}"
             raise UserError(f"{flag(name)} {show(getattr(s, name))} has no part in --mode "
                             f"{show(s.mode)}{where}")

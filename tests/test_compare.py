@@ -196,12 +196,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capfd):
         assert len(errors) == 1 and errors[0].startswith("error: ") and word in errors[0], errors
 
 
-def test_a_run_with_a_rule_as_reward_needs_no_labels(tmp_path, no_picture, small_model, capfd):
-    file = worlds.write_jsonl(tmp_path / "rows.jsonl", [
-        {"prompt": row["prompt"]} for row in worlds.text_rows(24)])
+@pytest.mark.parametrize("judge", ["none", "heldout"])
+def test_a_run_with_a_rule_as_reward(judge, tmp_path, no_picture, small_model, capfd):
+    """It needs labels if a judge is fitted to them: then rows of equal responses are dropped."""
+    table = worlds.text_rows(48)
+    for row in table[::2]:
+        row["rejected"] = row["chosen"]
+    if judge == "none":
+        table = [{"prompt": row["prompt"]} for row in table]
+    file = worlds.write_jsonl(tmp_path / "rows.jsonl", table)
     flags = ("--mode isolated --agents 1 --rounds 1 --updates 1 --batch 4 --shards iid "
-             "--eval-prompts 4 --response-length 4 --reward tiny/judge.py:score --judge none "
-             "--name run")
+             "--eval-prompts 4 --response-length 4 --reward tiny/judge.py:score --reward-epochs 1 "
+             f"--judge {judge} --name run")
     assert fedppo.main(["--preset", "tiny", "--model", str(small_model), "--dataset", str(file),
                         "--out", str(tmp_path), *flags.split()]) == 0
     assert compare.main([str(tmp_path / "run")]) == 0

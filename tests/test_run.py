@@ -130,7 +130,7 @@ def test_tensorboard_gets_the_same_keys_or_says_what_it_needs(main, monkeypatch)
 
 def test_a_mode_of_ones_own_runs_under_its_name(main, monkeypatch):
     monkeypatch.setitem(MODES, "gossip", Mode("ring", "arithmetic", True, 0.25, 0.125, 1e-3))
-    folder, printed = main("--mode", "gossip", "--rounds", "1")
+    folder, printed = main("--mode", "gossip", "--rounds", "1", "--self-weight", "0.5")
     assert re.search(r"^gossip +1 ", printed, re.M)
     card = (folder / "agents" / "gossip-seed0-agent0" / "README.md").read_text()
     assert "# Agent 0, gossip, seed 0" in card and "| rule | `arithmetic` |" in card
