@@ -111,6 +111,7 @@ def test_words_are_counted_once_a_response_and_ranked_by_their_rise(real):
     assert real.run.risen(before, after, 3) == "good 0 → 75, fine 0 → 25, a 75 → 75"
     assert real.run.count(after).tolist() == [2.0, 2.25, 0.0]
     assert real.run.count([{"response": "job job job"}, {"response": "no"}]).tolist() == [1, 2, 0.5]
+    assert real.run.words({"response": "It’s 3, isn't it?"}) == ["it's", "3", "isn't", "it"]
 
 
 @pytest.mark.slow
@@ -138,6 +139,7 @@ def test_the_study_on_a_stand_in(real, tmp_path, monkeypatch, capsys):
     for row in rows:
         different, every = (float(row[f"{name}_after"]) for name in ("different", "words"))
         assert 1 < different <= every < 20 and len(row["curve"].split()) == 2
+        assert 0 <= float(row["clipfrac"]) < 1
         assert float(row["curve"].split()[-1]) == pytest.approx(float(row["judge_final"]), rel=1e-2)
     page = (tmp_path / "real.md").read_text()
     assert page.count("| `federated` | ") == 3, "a row of scores, and one of words for each agent"
@@ -145,6 +147,8 @@ def test_the_study_on_a_stand_in(real, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "real.png").exists() and torch.is_grad_enabled()
     monkeypatch.setattr(fedppo, "main", lambda argv: pytest.fail("it is finished"))
     assert real.run.main(here) == 0
+    assert real.run.main([*here[:-1]]) == 0, "of one seed alone"
+    assert "4" not in {row["seed"] for row in csv.DictReader((tmp_path / "real.csv").open())}
     config = tmp_path / "runs/seed4/config.json"
     config.write_text(config.read_text().replace('"beta": 0.05', '"beta": 0.06'))
     with pytest.raises(SystemExit, match="seed4 and .*seed3 differ in beta"):

@@ -187,9 +187,14 @@ def main(argv: list[str] | None = None) -> int:
         for kind, of_kind in prompts.items():
             bar.set_description(kind)
             make_pairs(of_kind, options.folder / "pairs" / f"{kind}.jsonl", model, tokenizer, bar)
-    rows = sum(len(path.read_text(encoding="utf-8").splitlines())
-               for path in (options.folder / "pairs").glob("*.jsonl"))
-    print(f"{options.folder}: a model and {rows} pairs, {time.perf_counter() - started:.0f} s")
+    rows = [json.loads(line) for kind in KINDS for line in
+            (options.folder / "pairs" / f"{kind}.jsonl").open(encoding="utf-8")]
+    chosen, rejected = (judge.score([row["prompt"] for row in rows], [row[side] for row in rows],
+                                    [False] * len(rows)) for side in ("chosen", "rejected"))
+    right = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / max(1, len(rows))
+    print(f"{options.folder}: a model, and {len(rows)} pairs to {bar.total} prompts, with "
+          f"{100 * right:.0f} % of labels as the judge has it; {time.perf_counter() - started:.0f} "
+          "s")
     return 0
 
 

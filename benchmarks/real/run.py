@@ -2,14 +2,14 @@
 
     python benchmarks/real/make.py          first: model, pairs
     python benchmarks/real/run.py           hours on 2 cores; goes on where it was stopped
-    python benchmarks/real/run.py --seeds 2 --threads 1     one of them, as another process
+    python benchmarks/real/run.py --seeds 4 --threads 1     one of them, as another process; the
+                                            command above then gathers those that are finished
 
 In reading order
     1. SETTINGS    one command of fedppo.py for all modes, one run for each seed
     2. train       started or resumed, in FOLDER/runs/seed0, ...
     3. answers     the trained agents are asked again: how many different words a response has (text
-                   that falls apart repeats itself), and which words they took to (what reward
-                   models ask for)
+                   that falls apart repeats itself), and which words they took to
     4. write       benchmarks/results/real.csv, a line per mode and seed; real.md; real.png and .svg
 
 SETTINGS were found on seeds 0 to 2 and 100, which no table uses.
@@ -102,7 +102,7 @@ def answers(run: Path) -> dict:
 
 
 def words(response: dict) -> list[str]:
-    return re.findall(r"[a-z']+", response["response"].lower())
+    return re.findall(r"[\w']+", response["response"].replace("’", "'").lower())
 
 
 def count(responses: list[dict]) -> np.ndarray:
@@ -127,7 +127,7 @@ def risen(before: list[dict], after: list[dict], number: int = 6) -> str:
 
 COUNTED = ("different", "words", "repeating")  # what `count` gives
 COLUMNS = ("mode", "seed", "judge_initial", "judge_final", "judge_own_initial", "judge_own_final",
-           "worst_agent_final", "reward_final", "kl_initial_final", "reward_accuracy",
+           "worst_agent_final", "reward_final", "kl_initial_final", "clipfrac", "reward_accuracy",
            *(f"{name}_{when}" for when in ("before", "after") for name in COUNTED), "bytes",
            "seconds", "curve")
 
@@ -141,8 +141,10 @@ def rows_of(run: Path) -> list[dict]:
         curve, = plot.seed_curves(metrics, mode, "judge")[1]
         fits = [row["reward_accuracy"] for row in metrics
                 if (row["mode"], row["update"]) == (mode, 0)]
+        clipped = [row["clipfrac"] for row in metrics if row["mode"] == mode and row["update"]]
         line = {"mode": mode, "seed": seed} | entry["seeds"][str(seed)] | {
-            "reward_accuracy": sum(fits) / len(fits), "curve": report.join(curve)}
+            "clipfrac": sum(clipped) / len(clipped), "reward_accuracy": sum(fits) / len(fits),
+            "curve": report.join(curve)}
         for when, who in (("before", "before"), ("after", f"{mode}-")):
             counts = [count(column) for name, column in columns.items() if name.startswith(who)]
             numbers = map(float, np.mean(counts, 0))
@@ -178,33 +180,38 @@ def samples(run: Path, modes: list[str]) -> list[list[str]]:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """A row for each mode: means over seeds, and each seed's difference from `isolated`."""
+    """A row for each mode: means over seeds, and each seed's differences from `isolated`."""
     def values(mode: str, name: str) -> list[float]:
         return [float(row[name]) for row in rows if row["mode"] == mode]
 
-    alone = {row["seed"]: float(row["judge_final"]) for row in rows if row["mode"] == "isolated"}
+    def apart(mode: str, name: str) -> str:
+        alone = {row["seed"]: float(row[name]) for row in rows if row["mode"] == "isolated"}
+        return ", ".join(f"{float(row[name]) - alone[row['seed']]:+.2f}" for row in rows
+                         if row["mode"] == mode != "isolated" and row["seed"] in alone) or "–"
+
     lines = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
         mean = {name: sum(values(mode, name)) / len(values(mode, name)) for name in COLUMNS[2:-1]}
-        apart = [f"{float(row['judge_final']) - alone[row['seed']]:+.2f}" for row in rows
-                 if row["mode"] == mode and row["seed"] in alone]
         lines.append([
             f"`{mode}`", f"{mean['judge_initial']:.2f} → {mean['judge_final']:.2f}",
             f"{mean['judge_own_initial']:.2f} → {mean['judge_own_final']:.2f}",
-            "–" if mode == "isolated" else ", ".join(apart) or "–",
+            apart(mode, "judge_final"), apart(mode, "judge_own_final"),
             f"{mean['worst_agent_final']:.2f}", f"{mean['kl_initial_final']:.1f}",
+            f"{100 * mean['clipfrac']:.0f} %",
             *(f"{mean[f'different_{when}']:.1f} of {mean[f'words_{when}']:.1f}"
               for when in ("before", "after")),
             f"{100 * mean['repeating_before']:.0f} → {100 * mean['repeating_after']:.0f} %",
             f"{mean['bytes'] / 1e9:.1f}", f"{mean['seconds'] / 3600:.1f}"])
-    return report.table("mode | judge's score, all kinds | own kind | minus `isolated`, each seed "
-                        "| worst agent | KL to initial, nats | different words a response, before "
-                        "| after | responses that repeat themselves | GB | hours", lines)
+    return report.table(
+        "mode | judge's score, all kinds | own kind | all kinds, minus `isolated`, each seed | own "
+        "kind, minus `isolated` | worst agent | KL to initial before the last update, own prompts, "
+        "nats | tokens clipped | different words a response, before | after | responses that "
+        "repeat themselves | GB received | hours of training and judging", lines)
 
 
-def write(folder: Path, results: Path) -> None:
-    """The results files of all finished runs, which must have equal settings."""
-    runs = sorted(path.parent for path in (folder / "runs").glob("seed*/summary.json"))
+def write(folder: Path, results: Path, seeds: list[str]) -> None:
+    """The results files of finished runs, which must have equal settings."""
+    runs = [folder / f"runs/seed{seed}" for seed in seeds]
     configs = [json.loads((run / "config.json").read_text(encoding="utf-8")) for run in runs]
     for run, config in zip(runs, configs, strict=True):
         differ = [name for name, value in config["settings"].items()
@@ -245,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("the folders of the runs are FOLDER/runs/seed0, ...")
     for seed in options.seeds:
         train(options.folder, seed, flags)
-    write(options.folder, options.results)
+    write(options.folder, options.results, options.seeds)
     return 0
 
 
