@@ -2,12 +2,12 @@
 
     python benchmarks/real/make.py          first: model, pairs
     python benchmarks/real/run.py           hours on 2 cores; goes on where it was stopped
-    python benchmarks/real/run.py --seeds 4 --threads 1     one of them, as another process; the
-                                            command above then gathers those that are finished
+    python benchmarks/real/run.py --seeds 4 --threads 1     one of them, as another process; when
+                                            all are finished, the command above writes all
 
 In reading order
     1. SETTINGS    one command of fedppo.py for all modes, one run for each seed
-    2. train       started or resumed, in FOLDER/runs/seed0, ...
+    2. train       started or resumed, in FOLDER/runs/seed3, ...
     3. answers     the trained agents are asked again: how many different words a response has (text
                    that falls apart repeats itself), and which words they took to
     4. write       benchmarks/results/real.csv, a line per mode and seed; real.md; real.png and .svg
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", default=SEEDS, help="one after the other [3 4 5]")
     options, flags = parser.parse_known_args(argv)
     if {"--out", "--name"} & set(flags):
-        parser.error("the folders of the runs are FOLDER/runs/seed0, ...")
+        parser.error("the folders of the runs are FOLDER/runs/seed3, ...")
     for seed in options.seeds:
         train(options.folder, seed, flags)
     write(options.folder, options.results, options.seeds)
