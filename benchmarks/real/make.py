@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             bar.set_description(kind)
             make_pairs(of_kind, options.folder / "pairs" / f"{kind}.jsonl", model, tokenizer, bar)
     rows = [json.loads(line) for kind in KINDS for line in
-            (options.folder / "pairs" / f"{kind}.jsonl").open(encoding="utf-8")]
+            (options.folder / "pairs" / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()]
     chosen, rejected = (judge.score([row["prompt"] for row in rows], [row[side] for row in rows],
                                     [False] * len(rows)) for side in ("chosen", "rejected"))
     right = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / max(1, len(rows))
