@@ -57,8 +57,12 @@ class Head(nn.Linear):
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
+        # As a matrix: with frozen weights torch multiplies a slice of positions as a batch,
+        # [b, T, D], and on some processors copies the whole embedding for every row of it.
+        rows = hidden.float().reshape(-1, hidden.shape[-1])
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight, self.bias)
+            logits = nn.functional.linear(rows, self.weight, self.bias)
+        return logits.view(*hidden.shape[:-1], -1)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

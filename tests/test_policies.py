@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 import worlds
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
@@ -239,3 +240,26 @@ def test_pythia_s_fast_form_learns_in_its_last_layer_alone(small_settings):
                             plain.read(*text, slice(None)), strict=True):
         real = text[1].bool()
         torch.testing.assert_close(mine[real], theirs[real], atol=1e-4, rtol=0)
+
+
+class Sizes(TorchDispatchMode):
+    """Inside, how many numbers each tensor has that torch makes, views too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.seen.append(made.numel())
+        return made
+
+
+def test_logits_of_a_slice_of_positions_need_no_second_embedding():
+    """torch.matmul makes [rows, D, V] of frozen ones there: 7 GB for 64 rows of SmolLM2."""
+    head = policies.Head(16, 100, bias=False).requires_grad_(False)
+    hidden = torch.randn(8, 5, 16)
+    with torch.no_grad(), Sizes() as sizes:
+        logits = head(hidden[:, 1:3])
+    torch.testing.assert_close(logits, hidden[:, 1:3].contiguous() @ head.weight.T)
+    assert max(sizes.seen) == head.weight.numel() == logits.numel()
