@@ -52,7 +52,7 @@ PHASES = ("rollout", "scoring", "optimisation")
 
 # ------------------------------------------------------------------------------------------ cases
 
-SHAPES = {  # of GPT-NeoX; tiny is tiny/model's, pythia-70m EleutherAI's
+SHAPES = {  # of GPT-NeoX: tiny is tiny/model's, pythia-70m EleutherAI's; of Llama: smollm2-135m
     "tiny": {
         "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 256, "vocab_size": 192, "max_position_embeddings": 64,
@@ -61,8 +61,13 @@ SHAPES = {  # of GPT-NeoX; tiny is tiny/model's, pythia-70m EleutherAI's
         "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8,
         "intermediate_size": 2048, "vocab_size": 50304, "max_position_embeddings": 2048,
         "rotary_pct": 0.25},
+    "smollm2-135m": {
+        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True},
 }
-BATCHES = {"tiny": (32, 6, 20), "pythia-70m": (16, 24, 32)}  # B, Q, T
+BATCHES = {"tiny": (32, 6, 20)} | dict.fromkeys(("pythia-70m", "smollm2-135m"), (16, 24, 32))
+# B, Q, T
 THREADS = 2
 EPOCHS = 4  # of one minibatch
 
@@ -99,6 +104,10 @@ def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
     for shape in shapes:
         case = functools.partial(Case, shape=shape, device=device,
                                  sampler="generate" if device == "cpu" else "graphs")
+        if shape == "smollm2-135m":  # a Llama: its layers run in transformers' own form
+            found[f"{shape}, one agent"] = [case("1 reference, float32"), case(
+                "4 references, float32", references=4), *in_bfloat16(case, "1 reference, ")]
+            continue
         found[f"{shape}, one agent"] = one_agent(case, trl)
         found[f"{shape}, agents"] = [
             case(f"{n} agents, {n} references each", agents=n, references=n)
@@ -122,9 +131,13 @@ def one_agent(case: functools.partial, trl: bool) -> list[Case]:
               case("this project, float32")]
     if (shape, device) == ("pythia-70m", "cpu"):  # the preset's few rows are for memory
         cases.append(case("this project, float32, micro-batches of 16", micro_batch=16))
-    if device != "cpu" or fast.bfloat16_cost(512) < 2:  # else it would take minutes
-        cases.append(case("this project, bfloat16", dtype="bfloat16"))
-    return cases
+    return cases + in_bfloat16(case, "this project, ")
+
+
+def in_bfloat16(case: functools.partial, what: str) -> list[Case]:
+    """None where it would take minutes."""
+    quick = case.keywords["device"] != "cpu" or fast.bfloat16_cost(512) < 2
+    return [case(f"{what}bfloat16", dtype="bfloat16")] if quick else []
 
 
 # ----------------------------------------------------------------------------------------- worker
@@ -132,14 +145,16 @@ def one_agent(case: functools.partial, trl: bool) -> list[Case]:
 
 def micro_batch(shape: str, device: str) -> int:
     """The preset's own."""
-    argv = ["--preset", shape, "--device", device]
+    argv = ["--preset", "tiny" if shape == "tiny" else "pythia-70m", "--device", device]
     return settings.parse(argv, fedppo.MODES).settings.micro_batch
 
 
 def new_model(shape: str, device: str):
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPES[shape])).to(device)
+    family = "llama" if "num_key_value_heads" in SHAPES[shape] else "gpt_neox"
+    config = AutoConfig.for_model(family, **SHAPES[shape])
+    return AutoModelForCausalLM.from_config(config).to(device)
 
 
 def now(device: str) -> float:
@@ -356,6 +371,18 @@ def rates(dtype: torch.dtype, rows: int, width: int, device: str) -> tuple[float
     return 2 * rows * width * 4 * width / product, 2 * big.nbytes / best(lambda: copy.copy_(big))
 
 
+def weights(shape: str) -> tuple[int, int, int, int]:
+    """Numbers in the matrices of a layer, those of its keys and values alone, the head's, all."""
+    size = SHAPES[shape]
+    width, inner = size["hidden_size"], size["intermediate_size"]
+    heads, layers = size["num_attention_heads"], size["num_hidden_layers"]
+    keys = 2 * width * width * size.get("num_key_value_heads", heads) // heads
+    # A Llama's feed-forward part has three matrices, GPT-NeoX's two.
+    layer = 2 * width**2 + keys + (3 if "num_key_value_heads" in size else 2) * width * inner
+    head = width * size["vocab_size"]
+    return layer, keys, head, layer * layers + head * (1 if size.get("tie_word_embeddings") else 2)
+
+
 def floor(case: Case, passes: int = EPOCHS, steps: int = EPOCHS) -> dict[str, float]:
     """Seconds that the update cannot be faster than, if every operation ran at the measured rates.
 
@@ -369,20 +396,20 @@ def floor(case: Case, passes: int = EPOCHS, steps: int = EPOCHS) -> dict[str, fl
     """
     rows, prompt, response = BATCHES[case.shape]
     width, layers = (SHAPES[case.shape][name] for name in ("hidden_size", "num_hidden_layers"))
-    layer, head = 12 * width**2, width * SHAPES[case.shape]["vocab_size"]  # weights
+    layer, keys, head, every = weights(case.shape)
     tokens, dtype = rows * (prompt + response), getattr(torch, case.dtype)
     speed, bandwidth = rates(dtype, tokens, width, case.device)
     step_speed, _ = rates(dtype, rows, width, case.device)
     reward_speed, _ = rates(torch.float32, tokens, width, case.device)
 
     reward = 2 * layer * layers * tokens / reward_speed
-    states = (layers - 1) * (prompt + response) + response + prompt / 6  # of one layer, per row
-    forward = 2 * rows * (layer * states + head * response) / speed
+    trunk = layer * ((layers - 1) * (prompt + response) + response) + keys * prompt  # per row
+    forward = 2 * rows * (trunk + head * response) / speed
     read = (layer * layers + head) * (2 if case.dtype == "bfloat16" else 4)  # bytes
     step = max(2 * (layer * layers + head) * rows / step_speed, read / bandwidth)
-    adam = 7 * (layer * layers + 2 * head) * 4 / bandwidth
+    adam = 7 * every * 4 / bandwidth
     seconds = {
-        "rollout": 2 * rows * layer * (layers - 1 + 1 / 6) * prompt / speed + response * step,
+        "rollout": 2 * rows * (layer * (layers - 1) + keys) * prompt / speed + response * step,
         "scoring": (1 + case.references) * forward + reward,
         "optimisation": passes * 3 * forward + steps * adam}
     return {name: value * case.agents for name, value in seconds.items()}

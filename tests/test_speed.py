@@ -26,6 +26,13 @@ def test_tiny_and_pythia_are_the_models_that_they_are_called():
     model, *_ = load.load_model(load.home("tiny/model"), "cpu")
     assert speed.new_model("tiny", "cpu").num_parameters() == model.num_parameters()
     assert speed.SHAPES["pythia-70m"]["vocab_size"] == 50304
+    with torch.device("meta"):  # no weights are made
+        llama = speed.new_model("smollm2-135m", "meta")
+    matrices = [p.numel() for p in llama.model.layers[0].parameters() if p.dim() == 2]
+    keys = [llama.model.layers[0].self_attn.k_proj.weight.numel(), 576 * 192]
+    every = sum(p.numel() for p in llama.parameters() if p.dim() == 2)
+    assert llama.num_parameters() == 134_515_008  # as the real one has
+    assert speed.weights("smollm2-135m") == (sum(matrices), sum(keys), 576 * 49152, every)
 
 
 def test_an_update_has_full_responses_and_moves_every_policy():
