@@ -23,11 +23,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+from tqdm import tqdm
+
 import ppo_core
 from data import UserError, decode, generator
 from support import fast, load, rows
 from support.run import Stopped, markdown_table, print_anything, sample_cell, stoppable, write_text
-from support.settings import FIELDS, FITTED, Parser, Settings, checked, decided
+from support.settings import FIELDS, FITTED, Parser, Settings, checked, decided, to_resume
 from world import World, deal_rows
 
 # -------------------------------------------------------------------------------------------- whom
@@ -53,12 +55,14 @@ def run_of(folder: str) -> tuple[Path, Settings]:
 def agents_of(folder: str) -> list[Path]:
     """A run's agents of its first seed, or the one model that the folder is. Raises UserError."""
     path = Path(load.home(folder))
-    if not (path / "agents").is_dir():
+    if not any((path / name).exists() for name in ("agents", "metrics.jsonl")):
         return [path]
     _, s = run_of(folder)
     agents = (path / "agents" / f"{mode}-seed{s.seeds[0]}-agent{index}"
               for mode in s.mode for index in range(s.agents))
-    return [agent for agent in agents if agent.is_dir()]
+    if not (found := [agent for agent in agents if agent.is_dir()]):
+        raise UserError(f"{path} has no agents yet: {to_resume(s, path)} goes on")
+    return found
 
 
 # ----------------------------------------------------------------------------------------- answers
@@ -188,8 +192,8 @@ def compare(options) -> None:
     """Do what the command line asks for. Raises UserError."""
     home, s = run_of(options.folders[0])
     models = [agent for folder in options.folders for agent in agents_of(folder)]
-    if home in models or not models:
-        raise UserError(f"{home} has no agents yet: fedppo.py --resume {home} goes on")
+    if home in models:
+        raise UserError(f"{home} has no agents yet: {to_resume(s, home)} goes on")
     if options.chat and len(models) > 1:
         raise UserError(f"--chat is with one agent, not {len(models)}")
     out = Path(options.out or home / "compare.md")
@@ -210,7 +214,7 @@ def compare(options) -> None:
     for name, initial in zip(s.model, table.world.initials, strict=True):
         table.answer("before" if len(s.model) == 1 else f"before, {name}", initial)
     names = [path.name for path in models]
-    for path in models:
+    for path in tqdm(models, unit="agent", leave=False, disable=None):
         alone = names.count(path.name) == 1
         table.answer(path.name if alone else str(path), table.policy(path))
     header, found = ["prompt", *table.columns], table.rows()
@@ -222,11 +226,15 @@ def compare(options) -> None:
 
 def chat(table: Table, policy: ppo_core.Policy) -> None:
     """A line in, an answer out, until the end of input."""
-    for line in sys.stdin:
-        if line.strip():
-            table.ask([line.strip()])
-            table.answer("answer", policy)
-            print(table.rows()[0][1], flush=True)
+    print("a prompt a line, until the end of input (Ctrl-D)", file=sys.stderr)
+    for line in filter(None, map(str.strip, sys.stdin)):
+        try:
+            table.ask([line])
+        except UserError as error:  # one that the model cannot read, as it is too long
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        table.answer("answer", policy)
+        print(table.rows()[0][1], flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

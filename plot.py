@@ -77,7 +77,9 @@ def load_metrics(folder: str | Path) -> list[dict]:
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
-        raise RunError(f"{folder} is not the folder of a run: it has no metrics.jsonl")
+        begun = path.with_name("config.json").is_file()
+        raise RunError(f"{folder} has measured nothing yet" if begun else
+                       f"{folder} is not the folder of a run: it has no metrics.jsonl")
     lines = path.read_bytes().splitlines()
     rows = {}
     for number, line in enumerate(lines, start=1):
@@ -202,6 +204,8 @@ def _summarise_agent(rows: list[dict]) -> dict:
         "judge_own_final": judged[-1].get("judge_own") if len(x) > 1 else None,
         "kl_initial_final": rows[-1].get("kl_initial"),
         "judge_auc": np.trapezoid(y, x) / (x[-1] - x[0]) if len(x) > 1 else None,  # area / updates
+        # The first rollout is the initial policy's: rewards are measured before each update.
+        "reward_initial": next((row.get("reward") for row in rows if row["update"] == 1), None),
         "reward_final": _mean(reward for reward in last_round if reward is not None),
     }
 
@@ -254,9 +258,10 @@ def summarise(rows: list[dict]) -> dict:
     An entry: judge_initial and judge_final, the first and last score on held-out prompts;
     judge_own_initial and judge_own_final, the same on those of the agent's own splits; judge_auc,
     the mean height of the judge's curve (trapezoids); kl_initial_final, the last update's KL to the
-    initial policy; reward_final, the own reward over the last round's updates: all means over
-    agents; worst_agent_final, the lowest judge_final (reward_final if there is no judge); seconds
-    on the clock of training and judging all agents; bytes received, of all agents;
+    initial policy; reward_initial, the own reward of the first rollout, which is the initial
+    policy's, and reward_final, over the last round's updates: all means over agents;
+    worst_agent_final, the lowest judge_final (reward_final if there is no judge); seconds on the
+    clock of training and judging all agents; bytes received, of all agents;
     incomplete_exchanges, how often an agent was absent or could not use what a peer sent; updates,
     how far the seed came. None: cannot be had. All is fit for JSON.
     "mean" is over the seeds that came as far as the mode's farthest. "differences" holds "MODE -
@@ -282,17 +287,22 @@ def table(summary: dict) -> str:
     def number(value: float | None, decimals: int = 2) -> str:
         return "-" if value is None else f"{value:.{decimals}f}"
 
+    # Without a judge, what training raises: the own reward.
+    means = [entry["mean"] for entry in summary["modes"].values()]
+    judged = any(mean["judge_initial"] is not None for mean in means)
+    key, title = ("judge", "judge's score") if judged else ("reward", "own reward")
     line = "{:<11} {:>5}  {:>14}  {:>14}  {:>5}  {:>6}  {:>6}  {:>6}"
-    lines = [line.format("mode", "seeds", "judge's score", "on own splits", "worst", "KL to",
+    lines = [line.format("mode", "seeds", title, "on own splits", "worst", "KL to",
                          "MB re-", "wall"),
              line.format("", "", "before, after", "before, after", "agent", "start", "ceived",
                          "s")]
     for mode, entry in summary["modes"].items():
         mean = entry["mean"]
         scores = [f"{number(mean[f'{key}_initial'])} -> {number(mean[f'{key}_final'])}"
-                  for key in ("judge", "judge_own")]
+                  for key in (key, "judge_own")]
+        seeds = [one for one in entry["seeds"].values() if one["updates"] == mean["updates"]]
         costs = number(mean["bytes"] / 1e6, 1), number(mean["seconds"], 0)
-        lines.append(line.format(mode, len(entry["seeds"]), *scores,
+        lines.append(line.format(mode, len(seeds), *scores,
                                  number(mean["worst_agent_final"]),
                                  number(mean["kl_initial_final"], 1), *costs))
     lines.append("(means over seeds; KL per response, in nats, of the last rollout; MB and\n"
@@ -306,7 +316,7 @@ def table(summary: dict) -> str:
         text = ", ".join(f"{one:+.2f}" for one in d["each"]) + " (each seed)"
         if "mean" in d:
             text = (f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}] "
-                    f"({len(d['each'])} same-seed pairs, 95 % band)")
+                    f"({len(d['each'])} seeds, 95 % band)")
         lines.append(f"{name + ',':<{width + 1}} judge after: {text}")
     return "\n".join(lines)
 
@@ -359,7 +369,8 @@ def _draw_curve(axes, rows: list[dict], mode: str, key: str, style: tuple, label
 
 def _caption(runs: list[list[dict]], seeds: set[int]) -> str:
     """How many agents and seeds, and what lines and bands mean for curves over `seeds` (counts)."""
-    agents = {len({row["agent"] for row in rows}) for rows in runs}
+    agents = {len({row["agent"] for row in rows if row["mode"] == mode})
+              for rows in runs for mode in {row["mode"] for row in rows}}
     agents, counts = (" or ".join(map(str, sorted(numbers))) for numbers in (agents, seeds))
     meaning = {
         1: "thick: mean over agents, thin: each agent",

@@ -54,7 +54,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
@@ -70,7 +69,7 @@ from tqdm import tqdm
 import plot
 from data import UserError
 from support import clock, load
-from support.settings import Settings, as_flags, show, to_resume
+from support.settings import Settings, as_flags, program, show, to_resume
 
 KEYS = ("mode", "seed", "agent", "round", "update", "judge", "judge_own", "episodes", "reward",
         "kl", "kl_initial", "entropy", "policy_loss", "value_loss", "clipfrac", "length", "ended",
@@ -128,7 +127,7 @@ class Run:
         self.metrics = None  # metrics.jsonl, open to append: see `lines`
         updates = sum(self.agents[mode] for mode in s.mode) * len(s.seeds) * s.rounds * s.updates
         done = sum(row["update"] > 0 for row in self.rows)
-        tqdm.write(f"run {self.folder}: python plot.py {self.folder} draws it while it goes on")
+        tqdm.write(f"run {self.folder}: {program('plot.py', str(self.folder))} draws it meanwhile")
         self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True,
                         smoothing=0.1, disable=command.quiet)
 
@@ -141,7 +140,6 @@ class Run:
             if file is not None:
                 with contextlib.suppress(OSError):  # what a full disk left to be written
                     file.close()
-        again = shlex.join(to_resume(self.settings, self.folder))
         if isinstance(error, UserError) and not self.rows and not self.resumed:
             # Nothing was trained: the mended command can use the folder's name.
             for file in ("config.json", "metrics.jsonl"):
@@ -151,8 +149,7 @@ class Run:
             print(f"\ninterrupted, but {self.folder} is finished")
         elif isinstance(error, KeyboardInterrupt):
             goes_on = "continues from the last checkpoint" if self.checkpoints() else "starts over"
-            program = sys.argv[0] if Path(sys.argv[0]).stem == "fedppo" else load.HOME / "fedppo.py"
-            print(f"\ninterrupted: {shlex.join([sys.executable, str(program)])} {again} {goes_on}")
+            print(f"\ninterrupted: {self.again()} {goes_on}")
         elif isinstance(error, FloatingPointError):
             last = self.rows[-1]
             raise FloatingPointError(f"{last['mode']}, seed {last['seed']}, {error} (metrics so "
@@ -160,12 +157,15 @@ class Run:
         elif isinstance(error, OSError):
             raise self.no_room(error) from None
 
+    def again(self) -> str:
+        """The command that goes on."""
+        return to_resume(self.settings, self.folder, self.writer is not None)
+
     def no_room(self, error: OSError) -> UserError:
         """A file that cannot be written, because the disk is full as a rule, in one line."""
-        again = shlex.join(to_resume(self.settings, self.folder))
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         return UserError(f"{error.filename or self.folder}: {error.strerror or error}; "
-                         f"{'make room and ' if full else ''}continue with {again}")
+                         f"{'make room and ' if full else ''}continue with {self.again()}")
 
     def log(self, row: dict) -> None:
         """Append one line; what was not measured at this update is null."""
@@ -359,8 +359,8 @@ class Run:
         s = self.settings
         if "isolated" not in s.mode:
             modes = ["isolated", *s.mode, *(["fedavg"] if len(s.model) == 1 else [])]
-            again = ["python", "fedppo.py", *as_flags(s), "--mode", *dict.fromkeys(modes)]
-            lines.append(f"baselines {shlex.join(again)}")
+            again = program("fedppo.py", *as_flags(s), "--mode", *dict.fromkeys(modes))
+            lines.append(f"baselines {again}")
         return "\n".join(lines)
 
 

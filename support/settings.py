@@ -14,6 +14,8 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
+import shutil
 import sys
 import types
 import typing
@@ -465,6 +467,10 @@ def from_file(path: str, given: dict, modes: dict) -> dict:
         values = checked(content["settings"] if whole else content, modes)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--config {path}: {error}") from None
+    theirs = values.get("preset", "auto")
+    if "auto" != theirs != given.get("preset", theirs):
+        raise UserError(f"--preset {given['preset']}: the settings in {path} go with --preset "
+                        f"{theirs}")
     if not whole:
         return values
     for name in ("judge", "reward"):
@@ -475,13 +481,25 @@ def from_file(path: str, given: dict, modes: dict) -> dict:
             if name not in ("name", "device", "micro_batch")}  # decided anew
 
 
+def program(name: str, *words: str) -> str:
+    """The command line that runs a program of this project, as it can be pasted here and now."""
+    def near(path: str | Path) -> str:
+        """From the current folder, if it lies in there."""
+        inside = Path(path).is_relative_to(Path.cwd())
+        return os.path.relpath(path) if inside else str(path)
+
+    activated = shutil.which("python") == sys.executable
+    python = "python" if activated else near(sys.executable)
+    return shlex.join([python, near(load.HOME / name), *words])
+
+
 def as_flags(s: Settings) -> list[str]:
     """Flags that give these settings again, but for the modes and the run's name."""
     flags = ["--preset", s.preset]
     usual = decided(Settings(**(PRESETS[s.preset] | {"device": s.device})))
     for name in [name for name in FIELDS if name not in ("preset", "mode", "name", "device")]:
         value = getattr(s, name)
-        if value == getattr(usual, name):
+        if value == getattr(usual, name) or value is None:
             continue
         if isinstance(value, bool):
             flags.append(flag(name) if value else flag("no_" + name))
@@ -521,10 +539,10 @@ def resumed(folder: str, given: dict, modes: dict) -> tuple[Settings, str]:
     return decided(dataclasses.replace(settings, **moved)), "from the resumed run"
 
 
-def to_resume(s: Settings, folder: Path | str) -> list[str]:
-    """The flags that continue a run."""
-    flags = ["--resume", str(folder)]
+def to_resume(s: Settings, folder: Path | str, tensorboard: bool = False) -> str:
+    """The command that continues a run."""
+    flags = ["--resume", str(folder), *(["--tensorboard"] if tensorboard else [])]
     for name, spec in {"--reward": s.reward, "--judge": s.judge}.items():
         if load.users_code(spec):
             flags += [name, spec]
-    return flags
+    return program("fedppo.py", *flags)

@@ -136,10 +136,13 @@ def test_the_table_fits_the_terminal_and_loses_no_word(width, tables):
 
 def test_chat_answers_line_by_line_until_the_end_of_input(folder, monkeypatch, capfd):
     agent = folder / "agents" / AGENTS[3]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the song\n\nmy soup stayed\n"))
+    too_long = "song " * 500
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"the song\n\n{too_long}\nmy soup stayed\n"))
     assert compare.main([str(agent), "--chat", "--judge", "none"]) == 0
     expected = [sampled(agent, [text])[0][0] for text in ("the song", "my soup stayed")]
-    assert capfd.readouterr().out.splitlines()[-2:] == expected
+    printed = capfd.readouterr()
+    assert printed.out.splitlines()[-2:] == expected
+    assert "a prompt a line" in printed.err and printed.err.count("error: ") == 1
 
 
 def test_a_run_on_conversations_is_asked_in_turns(tmp_path, no_picture, capfd):
@@ -179,6 +182,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capfd):
     (old / "config.json").write_text(json.dumps(config))
     agent = folder / "agents" / AGENTS[0]
     other = worlds.save_model(tmp_path / "other")
+    (tmp_path / "begun").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / "begun" / name).write_bytes((folder / name).read_bytes())
     for argv, word in (
             ([tmp_path / "nowhere"], "neither a run's folder"), (["tiny/model"], "neither a run's"),
             ([folder, tmp_path / "bare"], "bare"), ([tmp_path / "stopped"], "has no agents yet"),
@@ -188,6 +194,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, tmp_path, capfd):
             ([folder, "--prompts", "promts.txt"], "there is no such file"),
             ([folder, "--judge", "heldout"], "is not stored"),
             ([old], "there is no setting gone"), ([agent, other], "another vocabulary"),
+            ([folder, tmp_path / "begun"], "begun has no agents yet"),
             ([folder, "--chat"], "--chat is with one agent, not 4"), ([], "FOLDER"),
             ([folder, "--out", tmp_path / "a/b.md"], "b.md")):
         capfd.readouterr()

@@ -186,6 +186,7 @@ def test_summary_by_hand():
         "kl_initial_final": 2.0,  # 0.5 * 4
         # agent 0: (2 * 0.5 + 2 * 1.5) / 4 = 1; agent 1: (2 * 0.5 + 2 * 0.75) / 4 = 0.625
         "judge_auc": 0.8125,
+        "reward_initial": 4.5,  # (0 + 9) / 2, at update 1
         "reward_final": 3.5,  # updates 3 and 4: (1 + 3) / 2 = 2 and (4 + 6) / 2 = 5
         "worst_agent_final": 1.0,
         "seconds": 2.5,  # 10 rows of 0.25
@@ -232,6 +233,8 @@ def test_summary_does_not_average_unfinished_seeds_in():
     federated = summary["modes"]["federated"]
     assert [federated["seeds"][seed]["updates"] for seed in ("0", "1")] == [4, 3]
     assert federated["mean"] == federated["seeds"]["0"]
+    counted = {line.split()[0]: line.split()[1] for line in plot.table(summary).splitlines()[2:4]}
+    assert counted == {"isolated": "2", "federated": "1"}, "seeds that the means are of"
     (found,) = summary["differences"].values()
     assert found["each"] == pytest.approx([0.3]) and "mean" not in found, "one pair is left"
     entry = means(TWO_AGENTS[:-1])  # agent 1 lacks update 4, so it is cut for both
@@ -268,10 +271,16 @@ def test_table_shows_every_mode_in_at_most_100_columns():
     assert len({line.index("judge after") for line in differences}) == 1  # aligned
     one = plot.table(plot.summarise(synthetic(8))).splitlines()[-1]
     assert one == ("federated - isolated, judge after: +0.30 [+0.30, +0.30] "
-                   "(8 same-seed pairs, 95 % band)")
+                   "(8 seeds, 95 % band)")
     few = plot.table(plot.summarise(synthetic(2, modes=MODES)))
     assert "federated - isolated, " in few and few.count("+0.30, +0.30 (each seed)") == 1
-    assert "- -> -" in plot.table(plot.summarise(synthetic(1, judged=False)))
+
+
+def test_table_without_a_judge_shows_the_own_reward():
+    """That of the first rollout, which is the initial policy's, and of the last round."""
+    header, _, row, *_ = plot.table(plot.summarise(synthetic(1, judged=False))).splitlines()
+    assert "own reward" in header and "judge" not in header
+    assert "0.10 -> 0.35" in row, row
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -391,6 +400,7 @@ def test_main_draws_and_prints(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("argv", "message"), [
     ("nowhere", "no metrics.jsonl"), ("good nowhere", "no metrics.jsonl"),
+    ("begun", "has measured nothing yet"),
     ("empty", "no metrics yet"), ("bare", "no update to draw yet"),
     ("good --out picture.jpg", "must end in .png"), ("good --out nowhere/picture.png", "nowhere"),
     ("good --colour", "--colour"), ("", "RUN")])
@@ -398,6 +408,8 @@ def test_a_users_mistake_is_told_in_one_line(argv, message, tmp_path, capsys, mo
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "good", TWO_AGENTS)
     write_run(tmp_path / "empty", [])
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").touch()
     write_run(tmp_path / "bare", [row("isolated", 0, 0, 0, kl_initial=None)])
     assert plot.main(argv.split()) == 2
     printed = capsys.readouterr()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,13 @@ def test_the_recipe_runs_beside_a_copy_of_kl_alone(tmp_path):
     shutil.copy(ROOT / "kl.py", tmp_path)
     (tmp_path / "recipe.py").write_text(next(block for block in BLOCKS if "ppo_loss" in block))
     subprocess.run([sys.executable, "recipe.py"], cwd=tmp_path, check=True, timeout=60)
+
+
+def test_what_is_installed_is_all_that_there_is():
+    """pip install -e . takes every module, and what it needs is pinned for the tests."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = project["tool"]["setuptools"]["py-modules"]
+    assert sorted(listed) == sorted(path.stem for path in ROOT.glob("*.py"))
+    pinned = re.findall(r"^(\w+)==", (ROOT / "requirements.txt").read_text(), re.M)
+    needed = [re.match(r"\w+", name)[0] for name in project["project"]["dependencies"]]
+    assert set(needed) <= set(pinned)

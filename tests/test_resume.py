@@ -81,7 +81,8 @@ def stopped_in(flags, tmp_path, monkeypatch, capfd):
         (line,) = [x for x in printed.splitlines() if x.startswith("interrupted: ")]
         assert "a checkpoint takes" not in printed, "it is small"
         told = "continues from the last checkpoint" if number > 4 else "starts over"
-        assert line.endswith(f" --resume {tmp_path / 'run'} {told}") and sys.executable in line
+        again = settings.program("fedppo.py", "--resume", str(tmp_path / "run"))
+        assert line == f"interrupted: {again} {told}"
         return tmp_path / "run"
     return stop
 
@@ -467,14 +468,16 @@ def test_code_that_a_folder_names_is_not_run_unless_the_user_names_it_again(stop
 
     def parsed(*flags):
         return settings.parse(["--resume", str(folder), *flags], fedppo.MODES).settings
-    assert settings.to_resume(parsed(), folder) == ["--resume", str(folder)], "judged by our own"
+    start = settings.program("fedppo.py", "--resume", str(folder))
+    assert settings.to_resume(parsed(), folder) == start, "judged by our own"
+    assert settings.to_resume(parsed(), folder, tensorboard=True) == f"{start} --tensorboard"
     for name in ("judge", "reward"):
         changed = content | {"settings": content["settings"] | {name: rule}}
         (folder / "config.json").write_text(json.dumps(changed))
         assert f"--{name} is the function {rule}" in resumed(folder, code=2)
         again = settings.to_resume(parsed(f"--{name}", rule), folder)
-        assert again == ["--resume", str(folder), f"--{name}", rule]
-        assert getattr(parsed(*again[2:]), name) == rule
+        assert again == f"{start} --{name} {rule}"
+        assert getattr(parsed(f"--{name}", rule), name) == rule
 
 
 # ----------------------------------------------------------------------------------- a full disk
@@ -490,7 +493,8 @@ def test_a_full_disk_is_said_in_one_line_and_there_is_a_way_on(flags, tmp_path, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert "checkpoint-" in line and f"make room and continue with --resume {tmp_path}" in line
+    assert "checkpoint-" in line and "make room and continue with " in line
+    assert line.endswith(f"fedppo.py --resume {tmp_path / 'run'}")
     assert not list((tmp_path / "run").glob("*.tmp"))
     resumed(tmp_path / "run")
     assert outcome(tmp_path / "run") == unstopped
@@ -509,7 +513,7 @@ def test_a_full_disk_while_resuming_or_finishing_loses_nothing(stopped_in, unsto
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_text", full)
             line = resumed(folder, code=2)
-        assert f"make room and continue with --resume {folder}" in line
+        assert "make room and continue with " in line and f"fedppo.py --resume {folder}" in line
         assert not list(folder.glob("*.tmp"))
         if name == "metrics.tmp":
             assert before == {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}

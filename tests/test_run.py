@@ -13,7 +13,7 @@ import worlds
 
 import fedppo
 from fedppo import MODES, Mode
-from support import run
+from support import run, settings
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 FIVE = ("isolated", "classic", "federated", "merged", "fedavg")
@@ -74,7 +74,7 @@ def test_five_modes_on_two_seeds_make_one_table(main):
 
 def test_a_run_without_isolated_says_the_command_that_compares(main):
     folder, printed = main("--mode", "federated", "--anchor", "0.25")
-    said = re.search(r"^baselines python fedppo.py (.*)$", printed, re.M)[1]
+    said = re.search(r"^baselines .*fedppo.py (.*)$", printed, re.M)[1]
     config = json.loads((folder / "config.json").read_text())["settings"]
     again = fedppo.parse(["--device", "cpu", *shlex.split(said)], MODES).settings
     assert dataclasses.asdict(again) | {"mode": None, "name": None} == {
@@ -88,9 +88,10 @@ def test_a_run_without_isolated_says_the_command_that_compares(main):
 def test_quiet_is_without_a_bar_and_a_run_says_where_it_is(main):
     folder, printed = main()
     assert "update/s" in printed or "s/update" in printed
-    assert f"run {folder}: python plot.py {folder} draws it while it goes on" in printed
+    draws = settings.program("plot.py", str(folder))
+    assert f"run {folder}: {draws} draws it meanwhile" in printed
     _, quiet = main("--quiet", "--name", "other")
-    assert "update/s" not in quiet and "s/update" not in quiet and "judge's score" in quiet
+    assert "update/s" not in quiet and "s/update" not in quiet and "own reward" in quiet
 
 
 def test_wall_seconds_are_those_on_the_clock(main):

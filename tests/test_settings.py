@@ -120,6 +120,19 @@ def test_settings_can_be_said_as_flags_again(preset):
     assert settings.as_flags(first) == ["--preset", preset]
 
 
+def test_a_program_is_named_as_it_can_be_called_here(tmp_path, monkeypatch):
+    """Relative to the folder that one is in, by the Python that runs now."""
+    monkeypatch.setattr(settings.load, "HOME", tmp_path / "a house")
+    monkeypatch.setattr(settings.sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert settings.program("plot.py", "a b") == "bin/python 'a house/plot.py' 'a b'"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert settings.program("plot.py") == f"{tmp_path}/bin/python '{tmp_path}/a house/plot.py'"
+    monkeypatch.setattr(settings.shutil, "which", {"python": settings.sys.executable}.get)
+    assert settings.program("plot.py") == f"python '{tmp_path}/a house/plot.py'", "activated"
+
+
 def test_settings_come_from_a_file_too(tmp_path, capsys):
     """Part of them, or a run's config.json; flags win, and the run's name stays its own."""
     file = tmp_path / "mine.json"
@@ -144,6 +157,9 @@ def test_settings_come_from_a_file_too(tmp_path, capsys):
                           ("{", "--config"), ('{"rule": "best"}', "rule is 'best'")):
         with pytest.raises(settings.UserError, match=word):
             parsed(content)
+    with pytest.raises(settings.UserError, match="--preset tiny: .* go with --preset pythia-70m"):
+        parsed({"preset": "pythia-70m", "lr": 1e-3})
+    assert parsed({"preset": "tiny", "rounds": 3}) == parsed({"preset": "auto", "rounds": 3})
     assert fedppo.main(["--config", str(tmp_path / "nowhere.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
