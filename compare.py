@@ -55,9 +55,12 @@ def run_of(folder: str) -> tuple[Path, Settings]:
 def agents_of(folder: str) -> list[Path]:
     """A run's agents of its first seed, or the one model that the folder is. Raises UserError."""
     path = Path(load.home(folder))
-    if not any((path / name).exists() for name in ("agents", "metrics.jsonl")):
+    try:
+        home, s = run_of(folder)
+    except UserError:
+        home = None
+    if home != path:
         return [path]
-    _, s = run_of(folder)
     agents = (path / "agents" / f"{mode}-seed{s.seeds[0]}-agent{index}"
               for mode in s.mode for index in range(s.agents))
     if not (found := [agent for agent in agents if agent.is_dir()]):
@@ -89,16 +92,21 @@ class Table:
             world.texts[tuple(ids[prompt])] = text
         self.prompts = list(read.values())
 
-    def answer(self, name: str, policy: ppo_core.Policy) -> None:
-        """One more column: the policy's response to each prompt, whether it ended, its score."""
+    def answer(self, name: str, policy: ppo_core.Policy) -> list[tuple]:
+        """One more column: the policy's response to each prompt, whether it ended, its score.
+
+        -> what was sampled, as World.respond has it.
+        """
         self.columns[name], world = [], self.world
-        for batch in world.respond(self.prompts, policy, generator(self.seed, "compare")):
+        sampled = world.respond(self.prompts, policy, generator(self.seed, "compare"))
+        for batch in sampled:
             scores = world.judge(*batch).tolist() if world.judge else [None] * len(batch[0])
             ended = ppo_core.has_ended(*batch[2:], world.eos_ids).tolist()
             responses = decode(world.tokenizer, *batch[2:])
             self.columns[name] += [
                 {"response": response, "ended": end, "judge": score}
                 for response, end, score in zip(responses, ended, scores, strict=True)]
+        return sampled
 
     def policy(self, folder: Path) -> ppo_core.Policy:
         """The policy that an agent's folder holds. Raises UserError."""
@@ -192,8 +200,6 @@ def compare(options) -> None:
     """Do what the command line asks for. Raises UserError."""
     home, s = run_of(options.folders[0])
     models = [agent for folder in options.folders for agent in agents_of(folder)]
-    if home in models:
-        raise UserError(f"{home} has no agents yet: {to_resume(s, home)} goes on")
     if options.chat and len(models) > 1:
         raise UserError(f"--chat is with one agent, not {len(models)}")
     out = Path(options.out or home / "compare.md")

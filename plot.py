@@ -305,8 +305,8 @@ def table(summary: dict) -> str:
         lines.append(line.format(mode, len(seeds), *scores,
                                  number(mean["worst_agent_final"]),
                                  number(mean["kl_initial_final"], 1), *costs))
-    lines.append("(means over seeds; KL per response, in nats, of the last rollout; MB and\n"
-                 " seconds of all agents together, without what prepares the training)")
+    lines.append("(means over seeds; KL, in nats per response, and rewards are of rollouts, made\n"
+                 " before their update; MB and seconds of all agents, without preparation)")
     for mode, entry in summary["modes"].items():
         if missed := sum(seed["incomplete_exchanges"] for seed in entry["seeds"].values()):
             lines.append(f"{mode}: {missed} times an agent was absent, frozen or missed a peer "

@@ -62,7 +62,7 @@ class Head(nn.Linear):
         rows = hidden.float().reshape(-1, hidden.shape[-1])
         with torch.autocast(hidden.device.type, enabled=False):
             logits = nn.functional.linear(rows, self.weight, self.bias)
-        return logits.view(*hidden.shape[:-1], -1)
+        return logits.view(*hidden.shape[:-1], len(self.weight))
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -480,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="cpu",
                         help="of the files that are written: results/speed-NAME.json, .md")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "pythia-70m"])
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS,
                         help="of cases; some alone want a --name of their own")
     parser.add_argument("--device", default="cpu")

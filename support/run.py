@@ -90,8 +90,9 @@ class Run:
         """command: of support.settings; modes: of each its own settings, the number of its agents
         and W; deals: what each seed deals to its agents. Raises UserError.
         """
-        writer = tensorboard() if command.tensorboard else None
         self.settings = s
+        self.writer = tensorboard() if command.tensorboard else None
+        self.board = None  # event files; made when there is a line
         self.agents = {mode: values["agents"] for mode, values in modes.items()}
         self.rows: list[dict] = []
         self.samples: dict[str, list[dict]] = {}
@@ -123,7 +124,6 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)  # it was empty
             raise UserError(f"{config}: {error.strerror or error}; start again, with room or "
                             "another --out") from None
-        self.writer, self.board = writer, None  # of event files; made when there is a line
         self.metrics = None  # metrics.jsonl, open to append: see `lines`
         updates = sum(self.agents[mode] for mode in s.mode) * len(s.seeds) * s.rounds * s.updates
         done = sum(row["update"] > 0 for row in self.rows)

@@ -27,10 +27,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 import compare  # noqa: E402
 import fedppo  # noqa: E402
+import kl  # noqa: E402
 import plot  # noqa: E402
+import ppo_core  # noqa: E402
 import report  # noqa: E402
 from support.run import markdown_table, sample_cell  # noqa: E402
 from world import deal_rows  # noqa: E402
@@ -81,7 +84,9 @@ def answers(run: Path) -> dict:
     """Ask a finished run's initial policy and agents ASKED held-out prompts; kept in answers.json.
 
     -> {"prompts": texts, "kinds": of each, "agents": the kind of each agent, "columns": {"before",
-    or an agent's folder: a response with its score, as compare.py has them, for each prompt}}.
+    or an agent's folder: a response with its score, as compare.py has them, for each prompt}, "kl":
+    {an agent's folder: `distance` of it}}. A run's metrics have KL before an update, in merged and
+    fedavg of the average; this is KL of the policies that were judged.
     """
     kept = run / "answers.json"
     if kept.exists():
@@ -91,14 +96,29 @@ def answers(run: Path) -> dict:
     prompts, shards, _ = deal_rows(table.world, s.seeds[0])
     table.prompts = prompts[:ASKED]
     table.answer("before", table.world.initial)
+    apart = {}
     for home in sorted((run / "agents").iterdir()):
-        table.answer(home.name, table.policy(home))
+        policy = table.policy(home)
+        apart[home.name] = distance(policy, table.answer(home.name, policy), table.world)
     # The first row of a prompt says of what kind it is, as in world.py.
     split = {pair.prompt: pair.split for pair in reversed(table.world.pairs)}
     found = {"prompts": table.prompts, "kinds": [split[prompt] for prompt in table.prompts],
-             "agents": [" ".join(shard.splits) for shard in shards], "columns": table.columns}
+             "agents": [" ".join(shard.splits) for shard in shards], "columns": table.columns,
+             "kl": apart}
     kept.write_text(json.dumps(found), encoding="utf-8")
     return found
+
+
+@torch.no_grad()
+def distance(policy, sampled: list[tuple], world) -> float:
+    """Exact KL(policy || initial policy) of a response, in nats: the mean over what it sampled."""
+    of_each = []
+    for prompt, attention, response, mask in sampled:
+        part = torch.cat([prompt, response], 1), torch.cat([attention, mask], 1), response, mask
+        own, initial = (ppo_core.score_tokens(one, *part, world.settings.temperature)[1]
+                        for one in (policy, world.initial))  # [b, T, V]
+        of_each += torch.where(mask.bool(), kl.kl_exact(own, initial), 0).sum(1).tolist()
+    return sum(of_each) / len(of_each)
 
 
 def words(response: dict) -> list[str]:
@@ -127,7 +147,8 @@ def risen(before: list[dict], after: list[dict], number: int = 6) -> str:
 
 COUNTED = ("different", "words", "repeating")  # what `count` gives
 COLUMNS = ("mode", "seed", "judge_initial", "judge_final", "judge_own_initial", "judge_own_final",
-           "worst_agent_final", "reward_final", "kl_initial_final", "clipfrac", "reward_accuracy",
+           "worst_agent_final", "reward_final", "kl_initial_final", "kl_judged", "clipfrac",
+           "reward_accuracy",
            *(f"{name}_{when}" for when in ("before", "after") for name in COUNTED),
            "repeating_worst", "bytes", "seconds", "curve")
 
@@ -136,13 +157,16 @@ def rows_of(run: Path) -> list[dict]:
     """A line for each mode of a run, which has one seed."""
     metrics = plot.load_metrics(run)
     summary, seed = plot.summarise(metrics)["modes"], metrics[0]["seed"]
-    columns, lines = answers(run)["columns"], []
+    found, lines = answers(run), []
+    columns = found["columns"]
     for mode, entry in summary.items():
         curve, = plot.seed_curves(metrics, mode, "judge")[1]
         fits = [row["reward_accuracy"] for row in metrics
                 if (row["mode"], row["update"]) == (mode, 0)]
         clipped = [row["clipfrac"] for row in metrics if row["mode"] == mode and row["update"]]
         line = {"mode": mode, "seed": seed} | entry["seeds"][str(seed)] | {
+            "kl_judged": float(np.mean([apart for name, apart in found["kl"].items()
+                                        if name.startswith(f"{mode}-")])),
             "clipfrac": sum(clipped) / len(clipped), "reward_accuracy": sum(fits) / len(fits),
             "curve": report.join(curve)}
         for when, who in (("before", "before"), ("after", f"{mode}-")):
@@ -197,7 +221,7 @@ def table(rows: list[dict]) -> list[str]:
             f"`{mode}`", f"{mean['judge_initial']:.2f} → {mean['judge_final']:.2f}",
             f"{mean['judge_own_initial']:.2f} → {mean['judge_own_final']:.2f}",
             apart(mode, "judge_final"), apart(mode, "judge_own_final"),
-            f"{mean['worst_agent_final']:.2f}", f"{mean['kl_initial_final']:.1f}",
+            f"{mean['worst_agent_final']:.2f}", f"{mean['kl_judged']:.1f}",
             f"{100 * mean['clipfrac']:.0f} %",
             *(f"{mean[f'different_{when}']:.1f} of {mean[f'words_{when}']:.1f}"
               for when in ("before", "after")),
@@ -206,8 +230,8 @@ def table(rows: list[dict]) -> list[str]:
             f"{mean['bytes'] / 1e9:.1f}", f"{mean['seconds'] / 3600:.1f}"])
     return report.table(
         "mode | judge's score, all kinds | own kind | all kinds, minus `isolated`, each seed | own "
-        "kind, minus `isolated` | worst agent | KL to initial before the last update, own prompts, "
-        "nats | tokens clipped | different words a response, before | after | responses that "
+        "kind, minus `isolated` | worst agent | KL to initial at the end, nats a response | tokens "
+        "clipped | different words a response, before | after | responses that "
         "repeat themselves | of the worst agent of all seeds | GB received | hours of training and "
         "judging", lines)
 
