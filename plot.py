@@ -298,8 +298,8 @@ def table(summary: dict) -> str:
                          "s")]
     for mode, entry in summary["modes"].items():
         mean = entry["mean"]
-        scores = [f"{number(mean[f'{key}_initial'])} -> {number(mean[f'{key}_final'])}"
-                  for key in (key, "judge_own")]
+        scores = [f"{number(mean[f'{name}_initial'])} -> {number(mean[f'{name}_final'])}"
+                  for name in (key, "judge_own")]
         seeds = [one for one in entry["seeds"].values() if one["updates"] == mean["updates"]]
         costs = number(mean["bytes"] / 1e6, 1), number(mean["seconds"], 0)
         lines.append(line.format(mode, len(seeds), *scores,

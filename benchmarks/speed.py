@@ -66,8 +66,7 @@ SHAPES = {  # of GPT-NeoX: tiny is tiny/model's, pythia-70m EleutherAI's; of Lla
         "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152,
         "max_position_embeddings": 8192, "tie_word_embeddings": True},
 }
-BATCHES = {"tiny": (32, 6, 20)} | dict.fromkeys(("pythia-70m", "smollm2-135m"), (16, 24, 32))
-# B, Q, T
+BATCHES = {"tiny": (32, 6, 20), "pythia-70m": (16, 24, 32), "smollm2-135m": (16, 24, 32)}  # B, Q, T
 THREADS = 2
 EPOCHS = 4  # of one minibatch
 

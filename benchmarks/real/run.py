@@ -8,8 +8,9 @@
 In reading order
     1. SETTINGS    one command of fedppo.py for all modes, one run for each seed
     2. train       started or resumed, in FOLDER/runs/seed6, ...
-    3. answers     the trained agents are asked again: how many different words a response has (text
-                   that falls apart repeats itself), and which words they took to
+    3. answers     the trained agents are asked again: how far they are from the initial policy, how
+                   many different words a response has (text that falls apart repeats itself), and
+                   which words they took to
     4. write       benchmarks/results/real.csv, a line per mode and seed; real.md; real.png and .svg
 
 SETTINGS were found on seeds 0 to 5 and 100, which no table uses.
