@@ -29,7 +29,7 @@ import ppo_core
 from data import UserError, decode, generator
 from support import fast, load, rows
 from support.run import Stopped, markdown_table, print_anything, sample_cell, stoppable, write_text
-from support.settings import FIELDS, FITTED, Parser, Settings, checked, decided, to_resume
+from support.settings import FIELDS, FITTED, Parser, Settings, checked, to_resume
 from world import World, deal_rows
 
 # -------------------------------------------------------------------------------------------- whom
@@ -209,8 +209,8 @@ def compare(options) -> None:
     # No reward is needed here. But which rows are dropped, and so which prompts are held out, must
     # be as in the run, which read labels if it fitted a reward or a judge to them.
     reward = "private" if s.reward in FITTED or s.judge == "heldout" else "tiny/judge.py:score"
-    table = Table(decided(dataclasses.replace(s, judge=judge, reward=reward, pairs=0,
-                                              device="auto")), options.seed)
+    table = Table(dataclasses.replace(s, judge=judge, reward=reward, pairs=0, device="auto"),
+                  options.seed)
     if options.chat:
         return chat(table, table.policy(models[0]))
     if options.prompts is None:

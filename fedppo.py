@@ -120,10 +120,6 @@ def communication_matrix(kind: str, n_agents: int, self_weight: float = 0.4) -> 
     """
     if kind not in MATRICES:
         raise ValueError(f"kind must be one of {', '.join(MATRICES)}, not {kind!r}")
-    if not isinstance(n_agents, int) or n_agents < 1:
-        raise ValueError(f"n_agents must be an integer of at least 1, not {n_agents!r}")
-    if not 0 <= self_weight <= 1:
-        raise ValueError(f"self_weight must lie in [0, 1], not {self_weight}")
     identity = torch.eye(n_agents, dtype=torch.float64)  # [N, N]
     if kind == "identity" or n_agents == 1:
         return identity
@@ -377,13 +373,15 @@ def outliers(agent: Agent, peers: dict[int, ppo_core.Policy]) -> list[int]:
     world, s, stream = agent.world, agent.settings, agent.streams["peers"]
     chosen = torch.randperm(len(agent.prompts), generator=stream)[:s.batch].tolist()
     sampled = world.respond([agent.prompts[k] for k in chosen], agent.policy, stream)
-    distances = []  # [batches of 64][K]
-    for prompt, attention, response, mask in sampled:
+    parts = [part for batch in sampled
+             for part in zip(*(tensor.split(s.micro_batch) for tensor in batch), strict=True)]
+    sums, tokens = [], sum(mask.sum().item() for *_, mask in parts)
+    for prompt, attention, response, mask in parts:
         part = torch.cat([prompt, response], 1), torch.cat([attention, mask], 1), response, mask
         own, *others = (ppo_core.score_tokens(policy, *part, s.temperature)[1]
                         for policy in (agent.policy, *peers.values()))  # [b, T, V]
-        distances.append([ppo_core.masked_mean(kl.kl_exact(own, other), mask) for other in others])
-    far = torch.tensor(distances).nan_to_num(nan=torch.inf).mean(0)  # [K]
+        sums.append([kl.kl_exact(own, other)[mask.bool()].sum() for other in others])
+    far = torch.tensor(sums).sum(0).div(tokens).nan_to_num(nan=torch.inf)  # [K]
     limit = s.outlier * max(NEAR, far.median().item()) if peers else 0
     return [j for j, distance in zip(peers, far.tolist(), strict=True) if distance > limit]
 
@@ -494,8 +492,10 @@ def train(
         for agent in agents:
             agent.load_state_dict(state["agents"][agent.index])
     else:
-        # Before training the agents of one model are one policy, which answers once.
-        initial = [answers(agent, task) for agent in agents[:len(world.models)]]
+        # Before training the agents of one model are one policy, which answers once; an agent of
+        # your own may start as another.
+        alike = agents[:len(world.models)] if new_agent is Agent else agents
+        initial = [answers(agent, task) for agent in alike]
         for agent, accuracy in zip(agents, task.accuracies, strict=True):
             judged = judge(agent, task, initial[agent.index % len(initial)])
             log(line | {"agent": agent.index, "round": 0, "update": 0} | judged
@@ -562,7 +562,7 @@ def execute(command: Command) -> None:
                     tasks[pooled] = make_task(world, seed, pooled, run.bar.set_description)
                     run.check_models(f"{seed} {pooled}", tasks[pooled].fingerprint)
                 if not run.rows:
-                    preflight.report(world, tasks[pooled])
+                    preflight.report(world, tasks[pooled], run.bar.set_description)
                 agents = train(world, tasks[pooled], mode, run.log,
                                functools.partial(run.save, seed, mode), run.begin(seed, mode))
                 models = {agent.index: agent.policy.model for agent in agents}

@@ -47,6 +47,7 @@ PANELS = {
     "reward": "own reward (z-score)",
     "kl_initial": "KL(policy‖initial), nats per response",
 }
+STYLE = {"font.size": 11, "svg.hashsalt": "fedppo", "svg.fonttype": "path"}
 # Okabe and Ito's colours, for colour-blind readers; line and marker differ too, for grey prints.
 MODE_STYLES = {
     "isolated": ("#D55E00", "--", "s"),
@@ -154,8 +155,8 @@ def bootstrap_band(
     return low, high
 
 
-def expanded_level(n: int, level: float = 0.95) -> float:
-    """The level at which the percentile bootstrap of a mean of n values covers about `level`.
+def expanded_level(n: int) -> float:
+    """The level at which the percentile bootstrap of a mean of n values covers about 95 %.
 
     Hesterberg's expanded percentile interval ("What Teachers Should Know about the Bootstrap",
     1411.5279): the percentile band is too narrow by sqrt((n - 1)/n) and has the normal's quantile z
@@ -163,7 +164,7 @@ def expanded_level(n: int, level: float = 0.95) -> float:
     1/(n - 1): right to 1 % from n = 5 on, too small below.
     """
     normal, df = NormalDist(), n - 1
-    z = normal.inv_cdf((1 + level) / 2)
+    z = normal.inv_cdf(0.975)
     t = (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
          + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
     return 1 - 2 * normal.cdf(-math.sqrt(n / df) * t)
@@ -244,7 +245,7 @@ def _differences(modes: dict[str, dict]) -> dict:
         finals = [pair for pair in finals if None not in pair]
         if mode == "isolated" or not finals:
             continue
-        found = {"key": "judge_final", "each": [a - b for a, b in finals]}
+        found = {"each": [a - b for a, b in finals]}
         if len(finals) >= BAND_FROM:
             band = paired_difference(*zip(*finals, strict=True))
             found |= dict(zip(("mean", "low", "high"), band, strict=True))
@@ -397,7 +398,8 @@ def _add_legend(figure, lines: dict) -> None:
 
 
 def draw(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
-    """Draw one or several runs: judge's score, own reward and KL to the initial policy by updates.
+    """Draw one or several runs: judge's score, that on each agent's own splits if it has some, own
+    reward and KL to the initial policy, by updates.
 
     Where the own reward rises and the judge's score does not, the agents exploit their reward
     models. Of an update the judge has scored the policy after it; own reward and KL are of its
@@ -422,7 +424,7 @@ def draw(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, Path]:
     if not keys:
         raise RunError(f"{', '.join(runs)}: no update to draw yet")
 
-    with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "fedppo", "svg.fonttype": "path"}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(8.4, 4.2 * len(keys)), 4.2), layout="constrained")
         figure.get_layout_engine().set(wspace=0.05)
         panels = figure.subplots(1, len(keys), sharex=True, squeeze=False)[0]

@@ -286,7 +286,10 @@ MAX_NATS = 1e4  # a KL per token, or a log-prob below minus this, would drown ev
 @torch.no_grad()
 def has_logprobs(policy: Policy, ids: Tensor, mask: Tensor) -> bool:
     """Whether a policy's log-probs behind all tokens of ids, mask [B, L], are fit for a KL."""
-    inputs = known_inputs(policy.model, input_ids=ids, attention_mask=mask,
-                          position_ids=position_ids(mask))
-    logprobs = policy(**inputs).logits.float().log_softmax(-1)  # [B, L, V]
-    return bool((logprobs[mask.bool()][:, ~policy.forbidden] > -MAX_NATS).all())  # NaN is not
+    for part, valid in zip(ids.split(8), mask.split(8), strict=True):  # [B, L, V] would be large
+        inputs = known_inputs(policy.model, input_ids=part, attention_mask=valid,
+                              position_ids=position_ids(valid))
+        logprobs = policy(**inputs).logits.float().log_softmax(-1)  # [b, L, V]
+        if not (logprobs[valid.bool()][:, ~policy.forbidden] > -MAX_NATS).all():  # NaN is not
+            return False
+    return True

@@ -162,12 +162,9 @@ def has_ended(response: Tensor, mask: Tensor, eos_id: int | tuple[int, ...]) -> 
     return (is_eos(response, eos_id) & mask.bool()).any(1)
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float, greedy: bool) -> Tensor:
-    """logits [B, V], uniform [B] -> the next token of each row, [B]: sampled, or the likeliest."""
-    logits = logits.float()
-    if greedy:
-        return logits.argmax(-1)
-    return sample_inverse_cdf((logits / temperature).softmax(-1), uniform)
+def choose(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """logits [B, V], uniform [B] -> the next token of each row, [B]."""
+    return sample_inverse_cdf((logits.float() / temperature).softmax(-1), uniform)
 
 
 def uniforms(
@@ -182,16 +179,15 @@ def uniforms(
 def generate(
     model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int, *,
     temperature: float, eos_id: int | tuple[int, ...], pad_id: int,
-    generator: torch.Generator | None = None, greedy: bool = False,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample responses token by token, from the whole softmax (no top-k, top-p, minimum length).
 
     model: a Policy or any Hugging Face causal LM;  prompt_ids, prompt_mask: [B, Q], left-padded.
     -> (response_ids [B, T], response_mask [B, T]), T <= max_new_tokens being the longest response.
     The mask is 1 up to and with EOS; what follows is pad_id with mask 0: so pad_id may be any id,
-    EOS itself too. eos_id: one, or several that all end a response. greedy=True takes the
-    likeliest token, as model.generate(do_sample=False) does. All uniforms are drawn at the start,
-    so a call takes the same amount of randomness from the generator whenever its rows end.
+    EOS itself too. eos_id: one, or several that all end a response. All uniforms are drawn at the
+    start, so a call takes the same amount of randomness from the generator whenever its rows end.
     """
     rows = prompt_ids.shape[0]
     own = isinstance(model, Policy)
@@ -201,7 +197,7 @@ def generate(
     response, response_mask = [], []
     with model.precision() if own else contextlib.nullcontext():  # one, so that casts are kept
         for uniform in uniforms(max_new_tokens, rows, generator, prompt_ids.device):
-            token = choose(step(tokens), uniform, temperature, greedy)
+            token = choose(step(tokens), uniform, temperature)
             response.append(torch.where(alive, token, pad_id))
             response_mask.append(alive)
             alive = alive & ~is_eos(token, eos_id)
@@ -279,16 +275,19 @@ def score_tokens(
     return logprobs, all_logprobs, values
 
 
-CHUNK = 2**21  # numbers of [b, T, V] that are worked on at a time
+# Numbers of [b, T, V] that are worked on at a time: on a CPU few enough to stay in its cache, on a
+# GPU many, since each piece is launched anew.
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**25
 
 
 def by_rows(function: Callable, *tensors: Tensor) -> Tensor:
     """function(*tensors) -> [b, T], all [b, T, ...], a few rows at a time.
 
-    What a function makes of [b, T, V] inside has the size of its input, several times: of a few
-    rows it stays in a processor's cache, of all it would be the most of an update's memory.
+    What a function makes of [b, T, V] inside has the size of its input, several times: of all rows
+    it would be the most of an update's memory.
     """
-    rows = max(1, CHUNK // tensors[0][0].numel())
+    chunk = CPU_CHUNK if tensors[0].device.type == "cpu" else GPU_CHUNK
+    rows = max(1, chunk // tensors[0][0].numel())
     parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
     return torch.cat([function(*part) for part in parts])
 
@@ -467,7 +466,8 @@ def gradient(
     minibatch = minibatch.sort().values  # within a minibatch the order changes nothing
     for rows in minibatch.split(settings.micro_batch):
         if rows[-1] - rows[0] == len(rows) - 1:
-            rows = slice(rows[0], rows[-1] + 1)  # neighbours: a view, and no copy of [b, T, V]
+            # Neighbours: a view, and no copy of [b, T, V].
+            rows = slice(rows[0].item(), rows[-1].item() + 1)
         batch = {name: tensor[rows] for name, tensor in tensors.items()}
         share = mask[rows].sum() / mask[minibatch].sum()
         loss, metrics = ppo_loss(policy, batch, weights, beta, sigma, settings)

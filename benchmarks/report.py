@@ -3,7 +3,7 @@
     python benchmarks/report.py [FOLDER]   default: benchmarks/results; study.py calls it at its end
 
 In reading order
-    1. statistics        probability_of_improvement, updates_to, median_updates
+    1. statistics        updates_to, median_updates
     2. cells             the seeds of one arm in one regime
     3. tables            tables.md: what is quoted elsewhere, and a test compares
     4. pictures          curves, mixed and forest, as .png and .svg
@@ -35,22 +35,12 @@ IN_SHORT = {  # of the README's first screen
     "merged": "the same, and weights are averaged",
     "fedavg": "weights are averaged, KL to the average",
 }
-HEADLINES = ("own prompts", "common prompts")
-ELSEWHERE = 6  # seeds of the other regimes, the first ones
+HEADLINES = ("common prompts", "own prompts")  # regimes that arms are tuned in
+ELSEWHERE_SEEDS = 6  # of the other regimes, the first ones
 HALF, ALL = "after 40 updates", "after 80"  # the columns judge_half and judge_final, in words
 SMALL, LARGE = (0, 2), (1, 3)  # agents of tiny/model and of tiny/model-96x3 with mixed sizes
 
 # ------------------------------------------------------------------------------------- statistics
-
-
-def probability_of_improvement(a: Sequence[float], b: Sequence[float]) -> float:
-    """Share of same-seed pairs in which a > b, a tie being half (2108.13264, sec. 4.3). a, b: [S].
-
-    A seed is compared with itself, not with all seeds of the other arm as in rliable: a seed gives
-    each arm the same prompts and pairs.
-    """
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    return float(np.mean((a > b) + 0.5 * (a == b)))
 
 
 def updates_to(updates: Sequence[int], curve: Sequence[float], level: float) -> float:
@@ -176,8 +166,9 @@ def difference(pairs: np.ndarray) -> str:
     if pairs.shape[-1] < 2:
         return "–"
     mean, low, high = plot.paired_difference(*pairs)
-    better, n = probability_of_improvement(*pairs) * pairs.shape[1], pairs.shape[1]
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {better:g} of {n}"
+    first, second = pairs
+    better = ((first > second) + 0.5 * (first == second)).sum()  # a tie is half
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {better:g} of {len(first)}"
 
 
 def level(values: np.ndarray) -> str:
@@ -212,13 +203,13 @@ def short_table(study: Study) -> list[str]:
     for arm in [arm for arm in IN_SHORT if all(arm in study.has(regime)
                                                for regime in HEADLINES)]:
         line = [f"`{arm}`", IN_SHORT[arm]]
-        for regime in HEADLINES[::-1]:
+        for regime in HEADLINES:
             line += [f"{plot.iqm(study.values(arm, regime, column)):.2f}"
                      for column in ("judge_half", "judge_final")]
             line.append(gain(study, arm, "isolated", regime))
         lines.append(line)
     names = [f"{regime}: {HALF} | {ALL} | {ALL}, minus `isolated`, seeds better"
-             for regime in HEADLINES[::-1]]
+             for regime in HEADLINES]
     return table("arm | its agents | " + " | ".join(names), lines)
 
 
@@ -327,8 +318,8 @@ def worse_agents(study: Study, arm: str, regime: str) -> str:
 
 def regime_table(study: Study, column: str = "judge_final") -> list[str]:
     """The level of `isolated` in each regime, and the difference of others on the same seeds: the
-    first ELSEWHERE."""
-    lines, study = [], study.first(ELSEWHERE)
+    first ELSEWHERE_SEEDS."""
+    lines, study = [], study.first(ELSEWHERE_SEEDS)
     for regime in [regime for regime in study.regimes if "isolated" in study.has(regime)
                    and regime != "own prompts"]:
         alone = study.values("isolated", regime, column)
@@ -429,14 +420,14 @@ def tables(study: Study) -> str:
              f"{runs} runs, {diverged} of them diverged and are left out; {hours:.1f} hours of PPO "
              "updates and DPO steps on one core."]
     sections = {"In short": short_table(study)}
-    for regime in HEADLINES[::-1]:
+    for regime in HEADLINES:
         sections |= {f"Scores, {regime}": headline_table(study, regime),
                      f"Questions, {regime}": goal_table(study, regime),
                      f"Details, {regime}": detail_table(study, regime),
                      f"Own topics, {regime}": topic_table(study, regime)}
     sections |= {
-        f"Regimes, the first {ELSEWHERE} seeds": regime_table(study),
-        f"Regimes, on the agent's own topics, the first {ELSEWHERE} seeds":
+        f"Regimes, the first {ELSEWHERE_SEEDS} seeds": regime_table(study),
+        f"Regimes, on the agent's own topics, the first {ELSEWHERE_SEEDS} seeds":
             regime_table(study, "own_topics"),
         "Mixed sizes": mixed_table(study),
         "Two communities": community_table(study),
@@ -451,7 +442,6 @@ def tables(study: Study) -> str:
 # --------------------------------------------------------------------------------------- pictures
 
 
-STYLE = {"font.size": 11, "svg.hashsalt": "fedppo", "svg.fonttype": "path"}
 
 
 def draw(study: Study, folder: Path) -> None:
@@ -460,7 +450,7 @@ def draw(study: Study, folder: Path) -> None:
     pictures = {"curves": draw_curves}
     if study.has("mixed sizes"):  # else its runs are still to come
         pictures |= {"mixed": draw_mixed, "forest": draw_forest}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(plot.STYLE):
         for name, make in pictures.items():
             figure = Figure(layout="constrained")
             make(figure, study)
@@ -496,7 +486,7 @@ def draw_curves(figure, study: Study) -> None:
     """Judge's score against updates in both headlines."""
     figure.set_size_inches(10, 4.8)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, regime in zip(panels, HEADLINES[::-1], strict=True):
+    for axes, regime in zip(panels, HEADLINES, strict=True):
         seeds = len(study.cell("isolated", regime))
         for arm in ("isolated", "federated", "merged", "fedavg"):
             rows = list(study.cell(arm, regime).values())

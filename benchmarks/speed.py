@@ -82,7 +82,8 @@ class Case:
     references: int = 1
     rule: str = "geometric"
     device: str = "cpu"
-    form: str = "fast"  # of policies and reward models: support/fast.py's, or "plain"
+    form: str = "fast"  # of policies and reward models: support/fast.py's, or "plain"; trl's
+    # process is "plain" or "set up" as this project's
     sampler: str = "generate"  # of ppo_core; or "graphs" (support/fast.py), "transformers"
     trl: bool = False
     micro_batch: int = 0  # rows; 0: the preset's own
@@ -97,7 +98,7 @@ GROUPS = ("one agent", "agents", "references", "rules", "main job")
 
 
 def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
-    """What takes turns with what: all cases of a group are in memory together, 18 GB at Pythia's
+    """What takes turns with what: all cases of a group are in memory together, 14 GB at Pythia's
     shape."""
     found = {}
     for shape in shapes:
@@ -122,7 +123,10 @@ def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
 def one_agent(case: functools.partial, trl: bool) -> list[Case]:
     """trl, what support/fast.py is measured against, and this project as it runs."""
     shape, device = case.keywords["shape"], case.keywords["device"]
-    cases = [case("trl 1.12.0, float32", trl=True)] if trl else []
+    cases = [case("trl 1.12.0, float32", trl=True, form="plain")] if trl else []
+    if trl and device == "cpu":
+        cases.append(case("trl 1.12.0, float32, its process set up as this project's", trl=True,
+                          form="set up"))
     if device != "cpu":
         cases += [case("rollout by transformers' generate, float32", sampler="transformers"),
                   case("this project without CUDA graphs, float32", sampler="generate")]
@@ -269,7 +273,7 @@ def large_job(folder: Path, device: str) -> list[str]:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(HERE.parent / "tiny/model").save_pretrained(folder)
     return ["--agents", "4", "--mode", "federated", "--preset", "pythia-70m", "--model",
-            str(folder), "--dataset", "tiny/data", "--device", device]
+            str(folder), "--dataset", "tiny/data", "--pairs", "600", "--device", device]
 
 
 def main_job(flags: list[str]) -> dict[str, float]:
@@ -494,7 +498,7 @@ def main(argv: list[str] | None = None) -> int:
         serve(Updates(case).once)
         return 0
     results = {
-        "arguments": shlex.join(sys.argv[1:] if argv is None else argv), "name": options.name,
+        "arguments": shlex.join(sys.argv[1:] if argv is None else argv),
         "micro_batch": micro_batch("pythia-70m", options.device), "threads": THREADS,
         "repeats": options.repeats, "torch": torch.__version__,
         "hardware": hardware(options.device), "groups": {}}

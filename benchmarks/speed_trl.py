@@ -3,12 +3,14 @@
     python benchmarks/speed_trl.py --worker CASE        as speed.py calls it
 
 The same shape, batch, tokens, epochs and reward model as this project's, fp32, no gradient
-checkpointing, no logging, no sample generations: what trl does at its fastest. Its value model is a
-second whole model; it has one reference. Its phases are told apart by what it calls: trl has no
-hooks for them, so two of its calls are replaced in this process.
+checkpointing, no logging, no sample generations. Its value model is a second whole model; it has
+one reference. Its phases are told apart by what it calls: trl has no hooks for them, so two of its
+calls are replaced in this process. As trl is used, the process is as torch leaves it; in the case's
+form "set up" it is told what support/fast.py tells this project's.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -106,6 +108,12 @@ def main() -> None:
     parser.add_argument("--worker", required=True)
     spec = json.loads(parser.parse_args().worker)
     torch.set_num_threads(spec["threads"])
+    if spec["case"]["form"] == "set up":
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 32 * 2**20)
+        mallopt(-1, -1)
+        torch.set_float32_matmul_precision("medium" if spec["config"]["hidden_size"] >= 256
+                                           else "highest")
     with tempfile.TemporaryDirectory() as folder:
         ours = trainer(spec, folder)
         ours.train()

@@ -12,9 +12,9 @@ In reading order
     5. schedule               one process of one thread per core, rows appended as they are finished
     6. main                   then report.py makes tables.md and the pictures from study.csv alone
 
-The protocol. tune.py finds each arm's settings in both HEADLINES, on the TUNING seeds alone
-(chosen.json). Here they are run on SEEDS, on which no choice was made; the first report.ELSEWHERE
-of them have the other regimes too, and all have mixed sizes. A study takes hours of two cores.
+The protocol. tune.py finds each arm's settings in both headline regimes, on the TUNING seeds alone
+(chosen.json). Here they are run on SEEDS, on which no choice was made; the first six of them have
+the other regimes too, and all have mixed sizes. A study takes hours of two cores.
 
 A seed redraws every agent's data, reward models, evaluation prompts and sampling, and arms of one
 seed share them (but for the reward models that an arm or regime defines itself: shared,
@@ -98,7 +98,6 @@ REGIMES = {  # name: settings
     "shared reward": COMMON | {"reward": "shared"},
     "8 agents": COMMON | {"agents": 8},
 }
-HEADLINES = ("own prompts", "common prompts")  # that arms are tuned in
 ABROAD = ("isolated", "federated", "fedavg")
 ELSEWHERE = {  # regime: its arms, at the settings of common prompts
     "mixed sizes": ("isolated", "federated"),
@@ -147,12 +146,12 @@ def regimes_of(arm: str) -> tuple[str, ...]:
     """The headlines that the arm stands in, and is tuned in if it is no variant."""
     if arm == "centralized":  # it has all prompts either way
         return ("common prompts",)
-    return ("pairs alone",) if arm in dpo.ARMS else HEADLINES
+    return ("pairs alone",) if arm in dpo.ARMS else report.HEADLINES
 
 
 def headline_jobs(chosen: dict[str, dict], seeds: range = SEEDS) -> list[Job]:
-    """Every arm in both HEADLINES, seed by seed, so that an interrupted study has whole ones; those
-    that are missed most come first."""
+    """Every arm in both headline regimes, seed by seed, so that an interrupted study has whole
+    ones; those that are missed most come first."""
     first = ("isolated", "federated", "merged", "fedavg", "centralized")
     others = [arm for arm in (*ARMS, "isolated 4x batch") if arm not in first]
     return [chosen_job(chosen, arm, regime, seed) for arms in (first, others) for seed in seeds
@@ -161,7 +160,7 @@ def headline_jobs(chosen: dict[str, dict], seeds: range = SEEDS) -> list[Job]:
 
 def elsewhere_jobs(chosen: dict[str, dict]) -> list[Job]:
     return [chosen_job(chosen, arm, regime, seed) for regime, arms in ELSEWHERE.items()
-            for seed in (SEEDS if regime == "mixed sizes" else SEEDS[:report.ELSEWHERE])
+            for seed in (SEEDS if regime == "mixed sizes" else SEEDS[:report.ELSEWHERE_SEEDS])
             for arm in arms]
 
 

@@ -1,12 +1,13 @@
 """Faster forms of what ppo_core.py and data.py have in plain form; not needed to read those.
 
 Each is chosen once, at the start of a run, and gives the plain form's results to rounding; the
-plain form is its oracle in tests/test_fast.py. benchmarks/speed.py says what each is worth.
+plain form is its oracle in tests/test_fast.py. benchmarks/speed.py measures them together, beside
+the plain form.
 
 In reading order
     1. choice        policy, reward_model: the fast class for a GPT-NeoX (Pythia), else the plain
-    2. GPT-NeoX      neox_states: its layers without transformers' wrappers, which on a tiny model
-                     cost as much again as the arithmetic
+    2. GPT-NeoX      neox_states: its layers without transformers' wrappers, in shapes that a graph
+                     can keep
     3. [V, D]        Embed, Project: the gradients of the two largest matrices are summed over
                      micro-batches in place, and not made anew for each
     4. CUDA graphs   GraphSampler: a sampled token is a hundred small kernels, launched all at once
@@ -137,10 +138,12 @@ def neox_states(
     for index, layer in enumerate(trunk.layers):
         attention = layer.attention
         qkv = attention.query_key_value(layer.input_layernorm(hidden)).unflatten(-1, (heads, 3, -1))
-        rotary = qkv[:, :, :, :2, :turned]
+        # Split, not sliced: each slice would have a gradient of the size of all, mostly zeros.
+        both, value = qkv.split([2, 1], 3)  # of queries and keys; of values
+        rotary, still = both.split([turned, both.shape[-1] - turned], -1)
         rotary = rotary * cos + rotary.roll(turned // 2, -1) * sin
-        query, key = torch.cat([rotary, qkv[:, :, :, :2, turned:]], -1).permute(3, 0, 2, 1, 4)
-        value = qkv[:, :, :, 2].transpose(1, 2)  # [B, heads, L, head size], as query and key
+        query, key = torch.cat([rotary, still], -1).permute(3, 0, 2, 1, 4)
+        value = value.squeeze(3).transpose(1, 2)  # [B, heads, L, head size], as query and key
         if cache is not None:
             stored = cache[index, :, :, :, :bias.shape[-1]]
             key, value = (memory.index_copy_(2, at, new.to(memory.dtype))
@@ -265,12 +268,12 @@ class GraphSampler:
     def by_graph(
         self, policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor,
         max_new_tokens: int, *, temperature: float, eos_id: int | tuple[int, ...], pad_id: int,
-        generator: torch.Generator | None = None, greedy: bool = False,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """ppo_core.generate's arguments and result. Raises CaptureError."""
         rows, width = prompt_ids.shape
         length = -(-(width + max_new_tokens) // ROUNDED) * ROUNDED
-        key = rows, length, max_new_tokens, temperature, eos_id, pad_id, greedy
+        key = rows, length, max_new_tokens, temperature, eos_id, pad_id
         decoders = self.decoders.setdefault(policy, {})
         on_gpu = prompt_ids.is_cuda
         with torch.cuda.device(prompt_ids.device) if on_gpu else contextlib.nullcontext():
@@ -301,13 +304,12 @@ class StaticDecoder:
 
     def __init__(
         self, policy: ppo_core.Policy, rows: int, length: int, max_new_tokens: int,
-        temperature: float, eos_id: int | tuple[int, ...], pad_id: int, greedy: bool,
+        temperature: float, eos_id: int | tuple[int, ...], pad_id: int,
     ):
         device = policy.forbidden.device
         self.dtype, self.forbidden_ids = policy.dtype, policy.forbidden_ids
         self.model, self.cast = cast_products(policy.model, policy.dtype)
-        self.temperature, self.greedy = temperature, greedy
-        self.eos_id, self.pad_id = eos_id, pad_id
+        self.temperature, self.eos_id, self.pad_id = temperature, eos_id, pad_id
         everything = torch.ones(rows, length, device=device)
         self.bias = causal_bias(everything, policy.dtype)  # [B, 1, L, L]
         self.cos, self.sin = neox_rotation(self.trunk, everything)  # [B, L, 1, 1, R]
@@ -375,7 +377,7 @@ class StaticDecoder:
     def draw(self, logits: Tensor) -> None:
         """logits [B, V] -> the next token, recorded as ppo_core.generate does."""
         uniform = self.uniforms.index_select(0, self.drawn)[0]
-        token = ppo_core.choose(logits, uniform, self.temperature, self.greedy)
+        token = ppo_core.choose(logits, uniform, self.temperature)
         token = torch.where(self.alive, token, self.pad_id)[:, None]  # [B, 1]
         self.response.index_copy_(1, self.drawn, token)
         self.mask.index_copy_(1, self.drawn, self.alive[:, None])

@@ -314,7 +314,8 @@ def centre_logits(model, allowed: Tensor, say: Callable[[str], None]) -> None:
     ids = allowed.nonzero().flatten()[:32].to(model.device)[:, None]  # a token a row: no context
 
     def logits() -> Tensor:  # [32, allowed]
-        return model(input_ids=ids).logits[:, 0, allowed].double()
+        # By way of the CPU, since an Apple GPU has no float64.
+        return model(input_ids=ids).logits[:, 0, allowed].cpu().double()
 
     try:
         before = logits()
@@ -325,7 +326,7 @@ def centre_logits(model, allowed: Tensor, say: Callable[[str], None]) -> None:
         return
     kept = [parameter.clone() for parameter in head.parameters()]
     for parameter in head.parameters():  # weight [V, D], and a bias [V] where there is one
-        parameter -= parameter[allowed].double().mean(0).to(parameter.dtype)
+        parameter -= parameter[allowed].cpu().double().mean(0).to(parameter)
     moved = (logits().log_softmax(-1) - before.log_softmax(-1)).abs().max().item()
     if moved > max(1e-3, 1e-5 * offset):
         for parameter, old in zip(head.parameters(), kept, strict=True):

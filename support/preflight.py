@@ -1,7 +1,7 @@
 """The checks that catch what silently ruins PPO on this model and data, before any training.
 
 `report` prints the list and stops the run if a fatal check fails. `world` and `task` are those of
-world.py; only their fields are read here.
+world.py; nothing in them changes here.
 """
 
 from collections.abc import Callable
@@ -40,8 +40,12 @@ class Check:
 
 
 @timed("checks")
-def report(world, task) -> None:
-    """Print the preflight list. Raises UserError if a fatal check failed."""
+def report(world, task, say: Callable[[str], None]) -> None:
+    """Print the preflight list. Raises UserError if a fatal check failed.
+
+    say: told what takes time, before it does.
+    """
+    say("checks before training")
     checks = preflight(world, task)
     rows = [f"  note  {n} of {world.total} rows dropped, since {why}"
             for why, n in world.dropped.items()]
@@ -56,7 +60,7 @@ def alone(world, make_task: Callable, pooled: bool, quiet: bool) -> None:
     """The list for the first seed of a run that is not trained; make_task: world.make_task."""
     with tqdm(bar_format="{desc} {elapsed}", disable=quiet, leave=False) as bar:
         task = make_task(world, world.settings.seeds[0], pooled, bar.set_description)
-    report(world, task)
+        report(world, task, bar.set_description)
 
 
 def preflight(world, task) -> list[Check]:
@@ -80,7 +84,7 @@ def preflight(world, task) -> list[Check]:
 
 
 @torch.no_grad()
-def forward_checks(world, task, index: int = 0) -> list[Check]:
+def forward_checks(world, task, index: int) -> list[Check]:
     """Whether sampler, training forward, padding and masks agree, on one small rollout by the
     model of agent `index`.
     """

@@ -46,10 +46,10 @@ def setting(tiny, help: str, *, group: str, pythia=SAME, choices: tuple = ()):
 class Settings:
     """The settings of a run, by group; the defaults are the preset tiny's.
 
-    Sources: tiny from a prototype, with reward_lr checked by measurement, and each mode's beta, lr
-    and anchor chosen by benchmarks/tune.py for own prompts; pythia-70m from OpenAI's 2019 style
-    tasks (1909.08593 and its code) and the last published TRL example, with tiny's anchor, not
-    measured here.
+    Sources: tiny from a prototype, with reward_lr checked by measurement, and each mode's beta, lr,
+    anchor and self_weight chosen by benchmarks/tune.py for own prompts; pythia-70m from OpenAI's
+    2019 style tasks (1909.08593 and its code) and the last published TRL example, with tiny's
+    anchor, not measured here.
     """
 
     agents: int = setting(4, "number of agents N", group="run")

@@ -252,15 +252,15 @@ def test_sample_inverse_cdf_gives_the_missing_mass_to_no_id_in_particular():
     assert (counts / len(grid) - share).abs().max() < 2e-5
 
 
-def test_generate_greedy_is_model_generate(tiny_world):
-    """On left-padded prompts of unequal lengths, with rows that end early."""
+def test_generate_at_temperature_zero_is_model_generate(tiny_world):
+    """The likeliest tokens, on left-padded prompts of unequal lengths, with rows that end early."""
     texts = sorted(tiny_world.prompt_ids, key=lambda text: len(tiny_world.prompt_ids[text]))
     rows = [tiny_world.prompt_ids[text] for text in texts[::len(texts) // 11]]
     assert len({len(row) for row in rows}) > 2
     model, eos, pad = tiny_world.model, tiny_world.eos_id, tiny_world.pad_id
     ids, mask = data.pad(rows, pad, "left")
     response, response_mask = generate(
-        model, ids, mask, 20, temperature=1.0, eos_id=eos, pad_id=pad, greedy=True)
+        model, ids, mask, 20, temperature=1e-6, eos_id=eos, pad_id=pad, generator=stream())
     expected = model.generate(input_ids=ids, attention_mask=mask, do_sample=False,
                               max_new_tokens=20, eos_token_id=eos, pad_token_id=pad)
     assert torch.equal(response, expected[:, ids.shape[1]:])
@@ -352,7 +352,7 @@ def test_by_rows_changes_nothing(monkeypatch):
     logprobs, reference = (randn(seed, 5, 3, 4).log_softmax(-1) for seed in (0, 1))
     found = []
     for chunk in (1, 24, 2**21):
-        monkeypatch.setattr(ppo_core, "CHUNK", chunk)
+        monkeypatch.setattr(ppo_core, "CPU_CHUNK", chunk)
         leaf = logprobs.clone().requires_grad_()
         value = ppo_core.by_rows(kl.kl_exact, leaf, reference)
         value.square().sum().backward()
@@ -361,6 +361,15 @@ def test_by_rows_changes_nothing(monkeypatch):
     for other in found[:2]:
         close(other[0], found[2][0].detach())
         close(other[1], found[2][1])
+
+
+@pytest.mark.parametrize("device, pieces", [("cpu", 32), ("meta", 2)])
+def test_by_rows_launches_little_on_a_gpu(device, pieces):
+    """64 rows of 24 tokens at a vocabulary of 2**15; a tensor on `meta` has no numbers in it."""
+    logprobs = torch.empty(1, 1, 1, device=device).expand(64, 24, 2**15)
+    seen = []
+    value = ppo_core.by_rows(lambda part: seen.append(len(part)) or part[..., 0], logprobs)
+    assert (len(seen), sum(seen), value.shape) == (pieces, 64, (64, 24))
 
 
 # --------------------------------------------------------------------------------------- one update

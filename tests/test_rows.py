@@ -38,7 +38,7 @@ def splits_of(path):
 
 def jsonl_file(folder, splits):
     ((name, table),) = splits.items()
-    return worlds.write_jsonl(folder / f"{name}.jsonl", table)
+    return worlds.write_jsonl(folder / f"{name}.ndjson", table)
 
 
 def jsonl_folder(folder, splits):

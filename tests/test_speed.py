@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fedppo
-from support import clock, fast, load
+from support import clock, fast, load, settings
+from world import World, deal_rows
 
 ROOT = Path(fedppo.__file__).parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -126,6 +127,8 @@ def test_the_main_job_is_measured_by_part():
 def test_the_main_job_of_a_gpu_runs_with_random_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(speed.SHAPES, "pythia-70m", speed.SHAPES["tiny"])
     flags = speed.large_job(tmp_path / "model", "cpu")
+    world = World(settings.parse(flags, fedppo.MODES).settings)
+    assert len(deal_rows(world, 0)[1]) == 4, "as it is run, it has rows for all agents"
     short = ["--agents", "2", "--rounds", "1", "--updates", "1", "--pairs", "20", "--batch", "4",
              "--eval-prompts", "8", "--judge", "none"]
     parts = speed.main_job([*flags, *short])
