@@ -434,8 +434,8 @@ def cast_products(
 
 
 def tuned_generate(
-    policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor, settings, eos_id: int,
-    pad_id: int,
+    policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor, settings,
+    eos_id: int | tuple[int, ...], pad_id: int,
 ) -> Callable:
     """Set this machine up for a run with a policy of this size -> the function that samples.
 

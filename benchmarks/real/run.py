@@ -2,25 +2,27 @@
 
     python benchmarks/real/make.py          first: model, pairs
     python benchmarks/real/run.py           hours on 2 cores; goes on where it was stopped
-    python benchmarks/real/run.py --seeds 7 --threads 1     one of them, as another process; when
+    python benchmarks/real/run.py --seeds 10 --threads 1    one of them, as another process; when
                                             all are finished, the command above writes all
 
 In reading order
     1. SETTINGS    one command of fedppo.py for all modes, one run for each seed
-    2. train       started or resumed, in FOLDER/runs/seed6, ...
+    2. train       started or resumed, in FOLDER/runs/seed9, ...
     3. answers     the trained agents are asked again: how far they are from the initial policy, how
                    many different words a response has (text that falls apart repeats itself), and
                    which words they took to
     4. write       benchmarks/results/real.csv, a line per mode and seed; real.md; real.png and .svg
 
-SETTINGS were found on seeds 0 to 5 and 100, which no table uses.
+SETTINGS were found on seeds 0 to 8 and 100, which no table uses.
 """
 
 import argparse
 import csv
+import dataclasses
 import json
 import re
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -37,17 +39,18 @@ import plot  # noqa: E402
 import ppo_core  # noqa: E402
 import report  # noqa: E402
 from support.run import markdown_table, sample_cell  # noqa: E402
+from support.settings import parse  # noqa: E402
 from world import deal_rows  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 JUDGE = f"{HERE / 'judge.py'}:score"
 MODES = ("isolated", "classic", "federated", "merged", "fedavg")
-SEEDS = ("6", "7", "8")
+SEEDS = ("9", "10", "11")
 SETTINGS = {
     "preset": "pythia-70m",  # the one for real models
     "agents": "4", "shards": "split", "prompts": "own",
     "pairs": "1050", "reward-probe": "1", "reward-lr": "1e-2", "reward-epochs": "4",
-    "reward-pooling": "mean", "policy-layers": "4", "rounds": "6", "updates": "1", "batch": "48",
+    "reward-pooling": "mean", "policy-layers": "4", "rounds": "5", "updates": "1", "batch": "48",
     "epochs": "2", "minibatches": "8", "micro-batch": "6", "response-length": "24",
     "temperature": "1", "lr": "7e-4", "lr-schedule": "constant", "beta": "0.05", "anchor": "0.1",
     "eval-prompts": "64"}
@@ -254,20 +257,29 @@ def write(folder: Path, results: Path, seeds: list[str]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     hardware, settings = configs[0]["hardware"], configs[0]["settings"]
-    modes, dtype = settings["mode"], settings["dtype"]
+    modes, flags = settings["mode"], "".join(other_flags(settings))
     machine = hardware["gpu"] or f"{hardware['cores']} CPU cores"
-    flags = "" if dtype == "float32" else f" --dtype {dtype}"
     lines = ["# A real language model on real text", "",
              f"Made by `python benchmarks/real/run.py{flags}` on {machine}.", "", *table(rows), "",
              *report.table("mode | agent | words that more of its responses hold than before, in %",
                            taught(runs, modes)), "",
              *markdown_table(["agent", "prompt", "before", *modes], samples(runs[0], modes))]
     (results / "real.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    together = folder / "runs/together"
-    together.mkdir(exist_ok=True)
-    with (together / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines((run / "metrics.jsonl").read_text(encoding="utf-8") for run in runs)
-    plot.draw([together], results / "real.png")
+    with tempfile.TemporaryDirectory() as together:
+        with (Path(together) / "metrics.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines((run / "metrics.jsonl").read_text(encoding="utf-8") for run in runs)
+        plot.draw([together], results / "real.png")
+
+
+def other_flags(settings: dict) -> list[str]:
+    """What a run's settings have of its own, beside SETTINGS and MODES: " --name value" of each."""
+    words = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
+    usual = parse(["--model", settings["model"][0], *words, "--mode", *MODES], fedppo.MODES)
+    usual = json.loads(json.dumps(dataclasses.asdict(usual.settings)))
+    return [f" --{name.replace('_', '-')} "
+            + " ".join(map(str, settings[name] if isinstance(settings[name], list)
+                           else [settings[name]]))
+            for name in usual if name not in FREE and settings[name] != usual[name]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -276,10 +288,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=HERE.parents[2] / "fedppo-real",
                         help="where make.py has made model and pairs [%(default)s]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="[%(default)s]")
-    parser.add_argument("--seeds", nargs="+", default=SEEDS, help="one after the other [6 7 8]")
+    parser.add_argument("--seeds", nargs="+", default=SEEDS, help="one after the other [9 10 11]")
     options, flags = parser.parse_known_args(argv)
     if {"--out", "--name"} & set(flags):
-        parser.error("the folders of the runs are FOLDER/runs/seed6, ...")
+        parser.error("the folders of the runs are FOLDER/runs/seed9, ...")
     for seed in options.seeds:
         train(options.folder, seed, flags)
     write(options.folder, options.results, options.seeds)
