@@ -17,8 +17,7 @@ ppo_core.py. Settings, files and checks are in support/ and not needed to read t
 
 Dimension key: N agents, K references, B batch, Q prompt tokens, T response tokens, V vocabulary.
 
-This is a simulation on one machine: it shows what a federation learns, not that it is secure. A
-policy can leak what it has memorised.
+This is a simulation on one machine: it shows what a federation learns, not that it is secure.
 
 Departures from the papers
     D1  `fedavg` averages policies only (1602.05629 averages the learner): value heads and Adam
@@ -120,6 +119,8 @@ def communication_matrix(kind: str, n_agents: int, self_weight: float = 0.4) -> 
     """
     if kind not in MATRICES:
         raise ValueError(f"kind must be one of {', '.join(MATRICES)}, not {kind!r}")
+    if not 0 <= self_weight <= 1:
+        raise ValueError(f"self_weight must lie in [0, 1], not {self_weight}")
     identity = torch.eye(n_agents, dtype=torch.float64)  # [N, N]
     if kind == "identity" or n_agents == 1:
         return identity
@@ -373,9 +374,9 @@ def outliers(agent: Agent, peers: dict[int, ppo_core.Policy]) -> list[int]:
     world, s, stream = agent.world, agent.settings, agent.streams["peers"]
     chosen = torch.randperm(len(agent.prompts), generator=stream)[:s.batch].tolist()
     sampled = world.respond([agent.prompts[k] for k in chosen], agent.policy, stream)
-    parts = [part for batch in sampled
-             for part in zip(*(tensor.split(s.micro_batch) for tensor in batch), strict=True)]
-    sums, tokens = [], sum(mask.sum().item() for *_, mask in parts)
+    parts = [rows for batch in sampled  # a few rows at a time: [b, T, V] is large
+             for rows in zip(*(tensor.split(s.micro_batch) for tensor in batch), strict=True)]
+    sums, tokens = [], sum(mask.sum().item() for *_, mask in parts)  # [parts][K], a number
     for prompt, attention, response, mask in parts:
         part = torch.cat([prompt, response], 1), torch.cat([attention, mask], 1), response, mask
         own, *others = (ppo_core.score_tokens(policy, *part, s.temperature)[1]
@@ -492,8 +493,7 @@ def train(
         for agent in agents:
             agent.load_state_dict(state["agents"][agent.index])
     else:
-        # Before training the agents of one model are one policy, which answers once; an agent of
-        # your own may start as another.
+        # The agents of one model start as one policy, which answers once; yours may start apart.
         alike = agents[:len(world.models)] if new_agent is Agent else agents
         initial = [answers(agent, task) for agent in alike]
         for agent, accuracy in zip(agents, task.accuracies, strict=True):

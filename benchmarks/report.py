@@ -35,7 +35,7 @@ IN_SHORT = {  # of the README's first screen
     "merged": "the same, and weights are averaged",
     "fedavg": "weights are averaged, KL to the average",
 }
-HEADLINES = ("common prompts", "own prompts")  # regimes that arms are tuned in
+HEADLINES = ("common prompts", "own prompts")  # the regimes that PPO's arms are tuned in
 ELSEWHERE_SEEDS = 6  # of the other regimes, the first ones
 HALF, ALL = "after 40 updates", "after 80"  # the columns judge_half and judge_final, in words
 SMALL, LARGE = (0, 2), (1, 3)  # agents of tiny/model and of tiny/model-96x3 with mixed sizes
@@ -440,8 +440,6 @@ def tables(study: Study) -> str:
 
 
 # --------------------------------------------------------------------------------------- pictures
-
-
 
 
 def draw(study: Study, folder: Path) -> None:

@@ -82,15 +82,17 @@ class Case:
     references: int = 1
     rule: str = "geometric"
     device: str = "cpu"
-    form: str = "fast"  # of policies and reward models: support/fast.py's, or "plain"; trl's
-    # process is "plain" or "set up" as this project's
+    form: str = "fast"  # of policies and reward models: support/fast.py's, or "plain"
     sampler: str = "generate"  # of ppo_core; or "graphs" (support/fast.py), "transformers"
     trl: bool = False
+    set_up: bool = True  # of trl: whether its process is, as this project's always are (`prepare`)
     micro_batch: int = 0  # rows; 0: the preset's own
 
     def spec(self) -> str:
         """What a worker is told, which in trl's environment cannot import this file."""
+        fast.use_onednn(SHAPES[self.shape]["hidden_size"])
         return json.dumps({"case": dataclasses.asdict(self), "config": SHAPES[self.shape],
+                           "precision": torch.get_float32_matmul_precision(),
                            "batch": BATCHES[self.shape], "epochs": EPOCHS, "threads": THREADS})
 
 
@@ -98,7 +100,7 @@ GROUPS = ("one agent", "agents", "references", "rules", "main job")
 
 
 def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
-    """What takes turns with what: all cases of a group are in memory together, 14 GB at Pythia's
+    """What takes turns with what: all cases of a group are in memory together, 18 GB at Pythia's
     shape."""
     found = {}
     for shape in shapes:
@@ -123,10 +125,9 @@ def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
 def one_agent(case: functools.partial, trl: bool) -> list[Case]:
     """trl, what support/fast.py is measured against, and this project as it runs."""
     shape, device = case.keywords["shape"], case.keywords["device"]
-    cases = [case("trl 1.12.0, float32", trl=True, form="plain")] if trl else []
+    cases = [case("trl 1.12.0, float32", trl=True, set_up=False)] if trl else []
     if trl and device == "cpu":
-        cases.append(case("trl 1.12.0, float32, its process set up as this project's", trl=True,
-                          form="set up"))
+        cases.append(case("trl 1.12.0, float32, its process set up as this project's", trl=True))
     if device != "cpu":
         cases += [case("rollout by transformers' generate, float32", sampler="transformers"),
                   case("this project without CUDA graphs, float32", sampler="generate")]

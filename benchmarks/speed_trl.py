@@ -5,8 +5,8 @@
 The same shape, batch, tokens, epochs and reward model as this project's, fp32, no gradient
 checkpointing, no logging, no sample generations. Its value model is a second whole model; it has
 one reference. Its phases are told apart by what it calls: trl has no hooks for them, so two of its
-calls are replaced in this process. As trl is used, the process is as torch leaves it; in the case's
-form "set up" it is told what support/fast.py tells this project's.
+calls are replaced in this process. The process is as torch leaves it, but for the number of
+threads; if the case says `set_up`, torch and glibc are told what this project tells them.
 """
 
 import argparse
@@ -108,12 +108,11 @@ def main() -> None:
     parser.add_argument("--worker", required=True)
     spec = json.loads(parser.parse_args().worker)
     torch.set_num_threads(spec["threads"])
-    if spec["case"]["form"] == "set up":
+    if spec["case"]["set_up"]:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 32 * 2**20)
+        mallopt(-3, 32 * 2**20)  # as support/fast.py's keep_memory, which says why
         mallopt(-1, -1)
-        torch.set_float32_matmul_precision("medium" if spec["config"]["hidden_size"] >= 256
-                                           else "highest")
+        torch.set_float32_matmul_precision(spec["precision"])  # as its use_onednn has chosen it
     with tempfile.TemporaryDirectory() as folder:
         ours = trainer(spec, folder)
         ours.train()

@@ -6,8 +6,8 @@ the plain form.
 
 In reading order
     1. choice        policy, reward_model: the fast class for a GPT-NeoX (Pythia), else the plain
-    2. GPT-NeoX      neox_states: its layers without transformers' wrappers, in shapes that a graph
-                     can keep
+    2. GPT-NeoX      neox_states: its layers without transformers' wrappers, in fixed shapes if a
+                     CUDA graph needs them
     3. [V, D]        Embed, Project: the gradients of the two largest matrices are summed over
                      micro-batches in place, and not made anew for each
     4. CUDA graphs   GraphSampler: a sampled token is a hundred small kernels, launched all at once
@@ -139,10 +139,10 @@ def neox_states(
         attention = layer.attention
         qkv = attention.query_key_value(layer.input_layernorm(hidden)).unflatten(-1, (heads, 3, -1))
         # Split, not sliced: each slice would have a gradient of the size of all, mostly zeros.
-        both, value = qkv.split([2, 1], 3)  # of queries and keys; of values
-        rotary, still = both.split([turned, both.shape[-1] - turned], -1)
+        queries_keys, value = qkv.split([2, 1], 3)
+        rotary, unrotated = queries_keys.split([turned, qkv.shape[-1] - turned], -1)
         rotary = rotary * cos + rotary.roll(turned // 2, -1) * sin
-        query, key = torch.cat([rotary, still], -1).permute(3, 0, 2, 1, 4)
+        query, key = torch.cat([rotary, unrotated], -1).permute(3, 0, 2, 1, 4)
         value = value.squeeze(3).transpose(1, 2)  # [B, heads, L, head size], as query and key
         if cache is not None:
             stored = cache[index, :, :, :, :bias.shape[-1]]

@@ -39,9 +39,9 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
     reward_accuracy  of the agent's reward model on held-out pairs; on line 0 only, null where the
                      reward is given
     missed           null, or why this agent could not hear a peer in this round: `absent` (itself),
-                     `agent 2 absent`, `agent 2 diverged`, `is an outlier`, `is not finite`,
-                     `has another shape`, `has no finite log-probs` (`here`: on its own prompts; of
-                     `a reference`: in this update); or that it `diverged in update 3` itself
+                     `agent 2 absent`, `diverged`, `is an outlier`, `is not finite`, `has another
+                     shape`, `has no finite log-probs here` (on this agent's prompts), `the average`
+                     or `a reference` (in this update) `has no finite log-probs`, or it `diverged`
 
 summary.json is explained in plot.summarise; its `seconds` are those of the process that finished
 the run, by part, from the first line printed to the picture (support/clock.py).

@@ -163,8 +163,10 @@ def test_communication_matrix_by_hand():
                 close(matrix.sum(1), [1.0] * n)
                 if kind in ("self", "ring", "star"):
                     close(matrix.diagonal(), [self_weight] * n)
-    with pytest.raises(ValueError, match="^kind must"):
-        W("tree", 3)
+    for name, args in (("kind", ("tree", 3)), ("self_weight", ("self", 3, 1.1)),
+                       ("self_weight", ("self", 3, math.nan))):
+        with pytest.raises(ValueError, match=f"^{name} must"):
+            W(*args)
 
 
 NUMBERS = st.floats() | st.integers() | st.sampled_from([0, 1e308, -1, 5e-324])

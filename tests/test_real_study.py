@@ -1,6 +1,7 @@
 """benchmarks/real/: what is made of the archives, and the study on a small stand-in."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fedppo
 import support.run
 from support import load
+from support.settings import parse
 
 REAL = Path(fedppo.__file__).parent / "benchmarks/real"
 
@@ -112,6 +114,20 @@ def test_words_are_counted_once_a_response_and_ranked_by_their_rise(real):
     assert real.run.count(after).tolist() == [2.0, 2.25, 0.0]
     assert real.run.count([{"response": "job job job"}, {"response": "no"}]).tolist() == [1, 2, 0.5]
     assert real.run.words({"response": "It’s 3, isn't it?"}) == ["it's", "3", "isn't", "it"]
+
+
+@pytest.mark.parametrize("flags", [
+    "", "--dtype bfloat16", "--mode isolated merged --lr 1e-3 --reward a.py:b"])
+def test_the_page_names_the_flags_that_made_it(real, flags):
+    def settings(more: list[str]):
+        words = [word for name, value in real.run.SETTINGS.items() for word in (f"--{name}", value)]
+        found = parse([*words, "--mode", *real.run.MODES, *more], fedppo.MODES).settings
+        return json.loads(json.dumps(dataclasses.asdict(found)))
+
+    made = settings(flags.split())
+    named = real.run.other_flags(made | {"response_eos": True}, real.run.SEEDS)  # World decides it
+    assert settings(named) == made and len(named) == len(flags.split())
+    assert real.run.other_flags(made, ["3", "4"])[:3] == ["--seeds", "3", "4"]
 
 
 @pytest.mark.slow

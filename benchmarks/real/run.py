@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import json
 import re
+import shlex
 import sys
 import tempfile
 from collections import Counter
@@ -240,6 +241,18 @@ def table(rows: list[dict]) -> list[str]:
         "judging", lines)
 
 
+def other_flags(settings: dict, seeds: list[str]) -> list[str]:
+    """The flags by which finished runs differ from SETTINGS, MODES and SEEDS."""
+    words = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
+    usual = dataclasses.asdict(parse([*words, "--mode", *MODES], fedppo.MODES).settings)
+    usual = json.loads(json.dumps(usual))  # tuples become lists, as in config.json
+    differ = {} if list(seeds) == list(SEEDS) else {"seeds": list(seeds)}
+    differ |= {name: settings[name] for name in usual if name not in (*FREE, "response_eos")
+               and settings[name] not in (usual[name], None)}
+    return [word for name, value in differ.items() for word in (
+        f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))]
+
+
 def write(folder: Path, results: Path, seeds: list[str]) -> None:
     """The results files of finished runs, which must have equal settings."""
     runs = [folder / f"runs/seed{seed}" for seed in seeds]
@@ -257,10 +270,11 @@ def write(folder: Path, results: Path, seeds: list[str]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     hardware, settings = configs[0]["hardware"], configs[0]["settings"]
-    modes, flags = settings["mode"], "".join(other_flags(settings))
+    modes = settings["mode"]
+    command = shlex.join(["python", "benchmarks/real/run.py", *other_flags(settings, seeds)])
     machine = hardware["gpu"] or f"{hardware['cores']} CPU cores"
     lines = ["# A real language model on real text", "",
-             f"Made by `python benchmarks/real/run.py{flags}` on {machine}.", "", *table(rows), "",
+             f"Made by `{command}` on {machine}.", "", *table(rows), "",
              *report.table("mode | agent | words that more of its responses hold than before, in %",
                            taught(runs, modes)), "",
              *markdown_table(["agent", "prompt", "before", *modes], samples(runs[0], modes))]
@@ -269,17 +283,6 @@ def write(folder: Path, results: Path, seeds: list[str]) -> None:
         with (Path(together) / "metrics.jsonl").open("w", encoding="utf-8") as file:
             file.writelines((run / "metrics.jsonl").read_text(encoding="utf-8") for run in runs)
         plot.draw([together], results / "real.png")
-
-
-def other_flags(settings: dict) -> list[str]:
-    """What a run's settings have of its own, beside SETTINGS and MODES: " --name value" of each."""
-    words = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
-    usual = parse(["--model", settings["model"][0], *words, "--mode", *MODES], fedppo.MODES)
-    usual = json.loads(json.dumps(dataclasses.asdict(usual.settings)))
-    return [f" --{name.replace('_', '-')} "
-            + " ".join(map(str, settings[name] if isinstance(settings[name], list)
-                           else [settings[name]]))
-            for name in usual if name not in FREE and settings[name] != usual[name]]
 
 
 def main(argv: list[str] | None = None) -> int:
