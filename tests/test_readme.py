@@ -123,7 +123,7 @@ def section(title: str) -> str:
     (section("What was measured"), "tables.md", 8),
     (section("When an agent is bad"), "attacks.md", 1),
     (section("A real language model on real text"), "real.md", 2),
-    (section("Speed"), "speed-*.md", 6),
+    (section("Speed"), "speed-*.md", 5),
     (section("What did not work"), "tables.md", 0),
 ], ids=["first screen", "measured", "attacks", "real", "speed", "did not work"])
 def test_every_result_stands_in_its_file(text, file, count):
