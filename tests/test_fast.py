@@ -322,7 +322,7 @@ class Watch(TorchDispatchMode):
 @torch.no_grad()
 def test_a_step_can_be_captured(toy_policy):
     """Nothing in it waits for a result or comes from the host, and its state stays where it is."""
-    decoder = fast.StaticDecoder(quick(toy_policy()), 8, 64, 20, 1.0, EOS, PAD, False)
+    decoder = fast.StaticDecoder(quick(toy_policy()), 8, 64, 20, 1.0, EOS, PAD)
     decoder.begin(*data.pad(PROMPTS, PAD, "left"), torch.rand(20, 8, generator=stream()))
     before = {name: x.data_ptr() for name, x in vars(decoder).items()
               if isinstance(x, torch.Tensor)}
@@ -338,7 +338,7 @@ def test_every_tensor_is_on_the_models_device(toy_policy, monkeypatch):
     """On a device whose tensors cannot be mixed with a CPU's, as a GPU's cannot."""
     # There is no autocast on this device.
     monkeypatch.setattr(torch, "autocast", lambda *args, **changes: contextlib.nullcontext())
-    decoder = fast.StaticDecoder(quick(toy_policy()).to("meta"), 3, 64, 20, 1.0, EOS, PAD, False)
+    decoder = fast.StaticDecoder(quick(toy_policy()).to("meta"), 3, 64, 20, 1.0, EOS, PAD)
     prompt, mask = torch.zeros(2, 3, 5, dtype=torch.long, device="meta")
     decoder.begin(prompt, mask, torch.rand(20, 3, device="meta"))
     decoder.advance()
