@@ -90,7 +90,6 @@ class Case:
 
     def spec(self) -> str:
         """What a worker is told, which in trl's environment cannot import this file."""
-        fast.use_onednn(SHAPES[self.shape]["hidden_size"])
         return json.dumps({"case": dataclasses.asdict(self), "config": SHAPES[self.shape],
                            "precision": torch.get_float32_matmul_precision(),
                            "batch": BATCHES[self.shape], "epochs": EPOCHS, "threads": THREADS})
@@ -507,8 +506,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = groups(options.shapes, options.device, bool(options.trl_python))
     for group, cases in wanted.items():
         if group.split(", ")[1] in options.groups:
+            prepare(cases[0])  # this process too: it measures the floor, and tells trl's workers
             measured = measure(cases, options.repeats, options.trl_python)
-            prepare(cases[0])
             results["groups"][group] = [found | {"floor": floor(case)} for found, case in
                                         zip(measured, cases, strict=True)]
             save(results, path)

@@ -120,7 +120,7 @@ def test_words_are_counted_once_a_response_and_ranked_by_their_rise(real):
     "", "--dtype bfloat16", "--mode isolated merged --lr 1e-3 --reward a.py:b"])
 def test_the_page_names_the_flags_that_made_it(real, flags):
     def settings(more: list[str]):
-        words = [word for name, value in real.run.SETTINGS.items() for word in (f"--{name}", value)]
+        words = real.run.flags_of(real.run.SETTINGS)
         found = parse([*words, "--mode", *real.run.MODES, *more], fedppo.MODES).settings
         return json.loads(json.dumps(dataclasses.asdict(found)))
 

@@ -63,6 +63,12 @@ SHOWN = 0  # which of these, counted among those of its own kind, stands in real
 # ------------------------------------------------------------------------------------------- train
 
 
+def flags_of(values: dict) -> list[str]:
+    """Values by name, a list where a flag takes several -> words of a command line."""
+    return [word for name, value in values.items() for word in (
+        f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))]
+
+
 def train(folder: Path, seed: str, flags: list[str]) -> Path:
     """One run of all modes -> its folder. Raises SystemExit if it does not finish.
 
@@ -72,8 +78,7 @@ def train(folder: Path, seed: str, flags: list[str]) -> Path:
     run = folder / f"runs/seed{seed}"
     if (run / "summary.json").exists():
         return run
-    given = {"judge": JUDGE, **SETTINGS}
-    settings = [word for name, value in given.items() for word in (f"--{name}", value)]
+    settings = flags_of({"judge": JUDGE, **SETTINGS})
     fresh = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs"), "--out",
              str(run.parent), "--name", run.name, "--mode", *MODES, "--seeds", seed, *settings]
     started = (run / "config.json").exists()
@@ -243,14 +248,12 @@ def table(rows: list[dict]) -> list[str]:
 
 def other_flags(settings: dict, seeds: list[str]) -> list[str]:
     """The flags by which finished runs differ from SETTINGS, MODES and SEEDS."""
-    words = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
-    usual = dataclasses.asdict(parse([*words, "--mode", *MODES], fedppo.MODES).settings)
-    usual = json.loads(json.dumps(usual))  # tuples become lists, as in config.json
+    usual = parse([*flags_of(SETTINGS), "--mode", *MODES], fedppo.MODES).settings
+    usual = json.loads(json.dumps(dataclasses.asdict(usual)))  # tuples become lists, as in a run's
     differ = {} if list(seeds) == list(SEEDS) else {"seeds": list(seeds)}
     differ |= {name: settings[name] for name in usual if name not in (*FREE, "response_eos")
                and settings[name] not in (usual[name], None)}
-    return [word for name, value in differ.items() for word in (
-        f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))]
+    return flags_of(differ)
 
 
 def write(folder: Path, results: Path, seeds: list[str]) -> None:
