@@ -5,7 +5,8 @@ Copy this file into your own trainer: it needs torch and nothing else, and knows
 around it. The trainer of this project calls it in the same two steps:
     reference(...)   what the penalty needs to know of the K references: once per batch, no graph
     penalty(...)     KL of the policy to it, per token, differentiable: at every gradient step
-`generalized_kl` is one after the other. How a rule or an estimator is computed stands here alone.
+`generalized_kl` is one after the other; `logprobs_and_kl` is the second step in less memory, with
+log π(a). How a rule or an estimator is computed stands here alone.
 
 Dimension key: K references, V vocabulary, ... any leading shape (none, [T], [B, T]); X what the
 penalty keeps of the references at a state: V numbers, K, or 1.
@@ -128,13 +129,42 @@ def penalty(
         return kl_exact(logprobs, reference)
     if tokens is None:
         raise ValueError(f"tokens, drawn from the policy, are needed by estimator={estimator!r}")
-    chosen = _gather(logprobs, tokens)  # [...] log π(a)
+    return _sampled_penalty(_gather(logprobs, tokens), reference, weights, rule, estimator)
+
+
+def _sampled_penalty(
+    chosen: Tensor, reference: Tensor, weights: Weights, rule: str, estimator: str
+) -> Tensor:
+    """k1, k2 or k3 from log π(a) [...] and reference [..., X] -> [...]."""
     if rule != "sum":
         return kl_sampled(chosen, reference.squeeze(-1), estimator)
     _check_shape("reference", reference.shape[-1:], (len(weights),))
     return sum(weight * kl_sampled(chosen, column, estimator)  # Σ_j w_j k(log π(a) − log μ_j(a))
                for weight, column in zip(_check_weights(weights), reference.unbind(-1), strict=True)
                if weight > 0)
+
+
+def logprobs_and_kl(
+    logits: Tensor, reference: Tensor, weights: Weights, *, tokens: Tensor,
+    rule: str = "geometric", estimator: str = "exact", temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Step two from logits [..., V]: all that PPO's loss needs -> (log π(a), KL(π‖ρ)), [...] each.
+
+    Equal to `token_logprobs` and `penalty`. With the exact estimator the gradient is written by
+    hand (`_LogprobsAndKL`): it keeps two buffers of [..., V] and makes the gradient itself, where
+    autograd keeps three and makes three.
+    """
+    _check_choice("rule", rule, RULES)
+    _check_choice("estimator", estimator, ESTIMATORS)
+    if estimator != "exact":
+        chosen = token_logprobs(logits, tokens, temperature)
+        return chosen, _sampled_penalty(chosen, reference, weights, rule, estimator)
+    _check_shape("reference", reference.shape, logits.shape)
+    _check_shape("tokens", tokens.shape, logits.shape[:-1])
+    _check_temperature(temperature)
+    states = (x.reshape(-1, x.shape[-1]) for x in (_upcast(logits), reference, tokens[..., None]))
+    chosen, kl = _LogprobsAndKL.apply(*states, temperature)
+    return chosen.view(tokens.shape), kl.view(tokens.shape)
 
 
 def generalized_kl(
@@ -255,6 +285,59 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     return _gather(_logprobs(logits, temperature), tokens)
 
 
+# Numbers of [..., V] that are worked on at a time: on a CPU few enough to stay in its cache, on a
+# GPU many, since each piece is launched anew.
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**25
+
+
+def at_a_time(x: Tensor) -> int:
+    """How many of x's rows, each of one state or more, to work on at a time."""
+    chunk = CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
+    return max(1, chunk // x[0].numel())
+
+
+class _LogprobsAndKL(torch.autograd.Function):
+    """(log π(a), exact KL(π‖ρ)) of n states, differentiable in the logits z, π = softmax(z / τ).
+
+    By the softmax's derivative ∂log π(u)/∂z_v = (1[u = v] − π(v)) / τ, and with
+    x(v) = log π(v) − log ρ(v), whose mean under π is the KL:
+        ∂log π(a)/∂z_v = (1[v = a] − π(v)) / τ
+        ∂KL/∂z_v = π(v) (x(v) − KL) / τ
+    """
+
+    @staticmethod
+    def forward(
+        ctx, logits: Tensor, reference: Tensor, tokens: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """logits, reference [n, V], tokens [n, 1] -> two [n]."""
+        pi, x = torch.empty_like(logits), torch.empty_like(logits)  # [n, V]
+        chosen, kl = [], []
+        for z, log_rho, token, pi_v, x_v in zip(
+                *(every.split(at_a_time(logits)) for every in (logits, reference, tokens, pi, x)),
+                strict=True):
+            logprobs = torch.log_softmax(z if temperature == 1 else z / temperature, -1)
+            chosen.append(logprobs.gather(-1, token).squeeze(-1))
+            torch.exp(logprobs, out=pi_v)
+            # As in kl_exact: selected, so that −inf − (−inf) has no part.
+            torch.sub(logprobs, log_rho, out=x_v).masked_fill_(pi_v == 0, 0)
+            kl.append(torch.linalg.vecdot(pi_v, x_v))
+        chosen, kl = torch.cat(chosen), torch.cat(kl)
+        ctx.save_for_backward(pi, x, tokens, kl)
+        ctx.temperature = temperature
+        return chosen, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_chosen: Tensor, grad_kl: Tensor) -> tuple[Tensor, None, None, None]:
+        pi, x, tokens, kl = ctx.saved_tensors
+        to_chosen, to_kl = (grad[:, None] / ctx.temperature for grad in (grad_chosen, grad_kl))
+        shift, grad = to_kl * kl[:, None] + to_chosen, torch.empty_like(x)  # [n, 1], [n, V]
+        for pi_v, x_v, a, b, grad_v in zip(
+                *(every.split(at_a_time(x)) for every in (pi, x, to_kl, shift, grad)), strict=True):
+            torch.mul(x_v, a, out=grad_v).sub_(b).mul_(pi_v)  # π (g_KL (x − KL) − g_chosen)
+        return grad.scatter_add_(-1, tokens, to_chosen), None, None, None
+
+
 # ------------------------------------------------------------------------------ the rule `weights`
 
 
@@ -298,8 +381,7 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 def _logprobs(logits: Tensor, temperature: float) -> Tensor:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, not {temperature}")
+    _check_temperature(temperature)
     return torch.log_softmax(_upcast(logits) / temperature, -1)
 
 
@@ -333,6 +415,11 @@ def _check_weights(weights: Weights) -> list[float]:
     if values.dim() != 1 or not (values >= 0).all() or not (values.sum() - 1).abs() <= 1e-6:
         raise ValueError(f"weights must be K numbers ≥ 0 with sum 1, not {values.tolist()}")
     return (values / values.sum()).tolist()
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, not {temperature}")
 
 
 def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:

@@ -261,7 +261,7 @@ def score_tokens(
     policy: Policy, ids: Tensor, attention: Tensor, response: Tensor, mask: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The one forward that scores a response, for old and new policy alike (D4).
+    """The forward that scores a response. ppo_loss has the same one, so ratios begin at 1 (D4).
 
     ids, attention [b, Q+T], response, mask [b, T] -> (logprobs [b, T] of the response, 0 where mask
     is 0; all_logprobs [b, T, V]; values [b, T]).
@@ -275,20 +275,13 @@ def score_tokens(
     return logprobs, all_logprobs, values
 
 
-# Numbers of [b, T, V] that are worked on at a time: on a CPU few enough to stay in its cache, on a
-# GPU many, since each piece is launched anew.
-CPU_CHUNK, GPU_CHUNK = 2**21, 2**25
-
-
 def by_rows(function: Callable, *tensors: Tensor) -> Tensor:
     """function(*tensors) -> [b, T], all [b, T, ...], a few rows at a time.
 
     What a function makes of [b, T, V] inside has the size of its input, several times: of all rows
     it would be the most of an update's memory.
     """
-    chunk = CPU_CHUNK if tensors[0].device.type == "cpu" else GPU_CHUNK
-    rows = max(1, chunk // tensors[0][0].numel())
-    parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    parts = zip(*(tensor.split(kl.at_a_time(tensors[0])) for tensor in tensors), strict=True)
     return torch.cat([function(*part) for part in parts])
 
 
@@ -382,11 +375,16 @@ def ppo_loss(
     batch: the tensors of a Rollout for b rows, with advantages and returns [b, T]; weights [K];
     sigma: sigma_A, a scalar -> (loss, metrics), all scalars.
     """
-    response, mask, old_logprobs = batch["response"], batch["mask"], batch["logprobs"]
+    ids, response, mask = batch["ids"], batch["response"], batch["mask"]
+    old_logprobs, penalty = batch["logprobs"], PENALTIES[settings.penalty]
     # Layers that do not learn have read the batch when it was collected.
     with read_once(policy.still_layers, batch.get("states")):
-        logprobs, all_logprobs, values = score_tokens(
-            policy, batch["ids"], batch["attention"], response, mask, settings.temperature)
+        logits, values = policy.response_forward(
+            ids, batch["attention"], ids.shape[1] - response.shape[1])
+    logprobs, kl_tokens = kl.logprobs_and_kl(  # [b, T] each
+        logits, batch["reference"], weights, tokens=response, rule=settings.rule,
+        estimator=penalty.estimator, temperature=settings.temperature)
+    logprobs = logprobs.masked_fill(mask == 0, 0)  # for the reason given in score_tokens
     pg_loss, clipfrac = policy_loss(
         logprobs, old_logprobs, batch["advantages"], mask, settings.clip)
     v_loss, value_clipfrac = value_loss(
@@ -394,10 +392,8 @@ def ppo_loss(
     loss = pg_loss + VALUE_COEF * v_loss
 
     log_ratio = (logprobs - old_logprobs).detach()
-    penalty = PENALTIES[settings.penalty]
     if penalty.in_loss:
-        # The KL penalty is charged here, in the loss: [b, T], the immediate term.
-        kl_tokens = kl_per_token(all_logprobs, batch["reference"], response, weights, settings)
+        # The KL penalty is charged here, in the loss: the immediate term.
         if penalty.estimator != "exact":
             # Tokens come from pi_old: the detached weight pi / pi_old keeps E grad k2 = grad KL.
             kl_tokens = log_ratio.exp() * kl_tokens
@@ -436,19 +432,19 @@ def optimise(
     tensors |= {"advantages": whiten(advantages, mask), "returns": returns}
 
     # 2. Every epoch cuts the rows into minibatches anew, and each minibatch is one gradient step.
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Tensor]] = []
     for _ in range(settings.epochs):
         order = torch.randperm(len(rollout.ids), generator=generator)
         for minibatch in order.chunk(settings.minibatches):
             totals = gradient(policy, optimizer, tensors, minibatch, weights, beta, sigma, settings)
             norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
-            if not torch.isfinite(norm):
+            if not torch.isfinite(norm):  # the one place in a step where the host waits for a GPU
                 raise FloatingPointError(f"the gradient's norm is {norm.item()}")
             optimizer.step()
-            step = {name: value.item() for name, value in totals.items()}
-            history.append({"grad_norm": norm.item()} | step)
+            history.append({"grad_norm": norm} | totals)
     optimizer.zero_grad()  # the next rollout needs the memory
-    return {name: sum(step[name] for step in history) / len(history) for name in history[0]}
+    means = torch.stack([torch.stack(list(step.values())) for step in history]).mean(0)
+    return dict(zip(history[0], means.tolist(), strict=True))
 
 
 def gradient(
@@ -464,12 +460,13 @@ def gradient(
     totals: dict[str, Tensor] = {}
     mask = tensors["mask"]
     minibatch = minibatch.sort().values  # within a minibatch the order changes nothing
+    valid = mask[minibatch].sum()
     for rows in minibatch.split(settings.micro_batch):
-        if rows[-1] - rows[0] == len(rows) - 1:
-            # Neighbours: a view, and no copy of [b, T, V].
-            rows = slice(rows[0].item(), rows[-1].item() + 1)
+        first, last = rows[0].item(), rows[-1].item()
+        if last - first == len(rows) - 1:
+            rows = slice(first, last + 1)  # neighbours: a view, and no copy of [b, T, V]
         batch = {name: tensor[rows] for name, tensor in tensors.items()}
-        share = mask[rows].sum() / mask[minibatch].sum()
+        share = mask[rows].sum() / valid
         loss, metrics = ppo_loss(policy, batch, weights, beta, sigma, settings)
         (loss * share).backward()
         for name, value in metrics.items():

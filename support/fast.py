@@ -151,12 +151,28 @@ def neox_states(
         if index == len(trunk.layers) - 1:
             query, hidden, bias = query[:, :, kept], hidden[:, kept], bias[:, :, kept]
         with torch.autocast(bias.device.type, enabled=False):
-            mixed = nn.functional.scaled_dot_product_attention(
-                query.to(bias.dtype), key.to(bias.dtype), value.to(bias.dtype), attn_mask=bias)
+            mixed = attend(*(x.to(bias.dtype) for x in (query, key, value)), bias)
         attended = attention.dense(mixed.transpose(1, 2).flatten(2))
         source = hidden if trunk.config.use_parallel_residual else hidden + attended
         hidden = hidden + attended + layer.mlp(layer.post_attention_layernorm(source))
     return trunk.final_layer_norm(hidden)
+
+
+SHORT = 128  # positions
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention: [B, heads, L, head size] of L queries, [B, heads, E, head size] of E keys and
+    values, bias [B, 1, L, E] -> [B, heads, L, head size].
+
+    torch's own form for a CPU works in blocks, for long sequences: many short ones take up to three
+    times as long in it as two products and a softmax, whose [L, E] is small then. A single query is
+    faster in it always.
+    """
+    if query.is_cuda or query.shape[2] == 1 or key.shape[2] > SHORT:
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    similar = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)  # [B, heads, L, E]
+    return (similar + bias).softmax(-1) @ value
 
 
 # ---------------------------------------------------------------------------------- the two [V, D]

@@ -21,7 +21,7 @@ broken.
     15  The KL that is logged is the KL that is trained on             fedppo.Agent.update
     16  Sampling is from the whole softmax, by inverse CDF             ppo_core.sample_inverse_cdf
     17  An estimator stands only where it is right                     ppo_core.PENALTIES
-    18  A run's penalty is kl.py's, the file that people copy          ppo_core.kl_per_token
+    18  A run's penalty is kl.py's, the file that people copy          ppo_core.ppo_loss
     19  Rewards have mean 0, std 1 on the initial policy's samples     data.normalised
     20  Adam eps 1e-5; value head 0, reward head std 1/sqrt(D + 1)     fedppo.Agent
     21  Ids without a token are masked in the policy's own logits      ppo_core.Policy
@@ -507,14 +507,14 @@ def test_detail_17_estimators_stand_where_they_are_right():
             preset("tiny", *flags)
     for word in ("in the reward", "in the loss", "wrong", "the other direction"):
         assert word in kl.__doc__
-    for function in (kl.reference, kl.penalty, kl.generalized_kl):
+    for function in (kl.reference, kl.penalty, kl.generalized_kl, kl.logprobs_and_kl):
         assert not {"place", "in_loss"} & set(inspect.signature(function).parameters)
 
 
 @every_penalty
 @pytest.mark.parametrize("rule", kl.RULES)
 def test_detail_18_a_run_charges_the_penalty_by_kl_itself(three, monkeypatch, rule, penalty):
-    """In a short run, in collecting as in optimising where the penalty is in the loss."""
+    """In a short run, in collecting as in optimising."""
     world, task = three
     how, entered = PENALTIES[penalty], []
 
@@ -525,15 +525,16 @@ def test_detail_18_a_run_charges_the_penalty_by_kl_itself(three, monkeypatch, ru
         monkeypatch.setattr(module, function.__name__, spied)
     spy(kl, kl.reference)
     spy(kl, kl.penalty)
+    spy(kl, kl.logprobs_and_kl)
     spy(ppo_core, ppo_core.optimise)
     world = world_with(world, agents=1, rounds=1, batch=4, response_length=4, rule=rule,
                        penalty=penalty)
     train(world, replace(task_of(task, 1), eval_prompts=task.eval_prompts[:1]), "federated")
     middle = entered.index(("optimise", None, None))
-    charged = ("penalty", rule, how.estimator)
-    assert set(entered[:middle]) == {("reference", rule, how.estimator), charged}
+    by = rule, how.estimator
+    assert set(entered[:middle]) == {("reference", *by), ("penalty", *by)}
     steps = world.settings.epochs * world.settings.minibatches
-    assert entered[middle + 1:] == ([charged] * steps if how.in_loss else [])
+    assert entered[middle + 1:] == [("logprobs_and_kl", *by)] * steps
 
 
 def test_detail_19_scores_are_comparable_between_agents(tiny_world, tiny_task):

@@ -98,6 +98,28 @@ def test_forward_and_gradients_are_those_of_the_plain_policy(toy_policy, config)
         assert grad.any(), name
 
 
+@pytest.mark.parametrize("short", [fast.SHORT, 0])
+@pytest.mark.parametrize("queries, keys", [(1, 7), (7, 7), (3, 7)])
+def test_attend_is_attention_short_or_long(monkeypatch, short, queries, keys):
+    """Values and gradients, in float64 by the definition; queries are the last positions, and the
+    first row's first two keys are pads."""
+    monkeypatch.setattr(fast, "SHORT", short)
+    query, key, value = (randn(n, 2, 3, length, 4).double().requires_grad_()
+                         for n, length in enumerate((queries, keys, keys)))
+    mask = torch.ones(2, keys).index_put((torch.tensor([0]), torch.arange(2)), torch.tensor(0.0))
+    bias = fast.causal_bias(mask, torch.float32)[:, :, keys - queries:]
+    given = torch.einsum("bhld,bhed->bhle", query, key) / 2  # the root of 4
+    seen = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
+    seen = seen & mask[:, None, None].bool()
+    real = seen.any(-1).expand(2, 3, queries)  # a pad's query sees nothing: its state is not read
+    expected = given.masked_fill(~seen & seen.any(-1, True), -torch.inf).softmax(-1) @ value
+    found = fast.attend(query, key, value, bias.double())
+    close(found[real], expected[real])
+    for ours, theirs in zip(*(torch.autograd.grad(x[real].sin().sum(), (query, key, value))
+                              for x in (found, expected)), strict=True):
+        close(ours, theirs)
+
+
 @SHAPES
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_scores_and_gradients_are_those_of_the_plain_reward_model(toy_policy, config, pooling):
@@ -317,6 +339,29 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.add(function.__name__.split(".")[0])
         return function(*args, **kwargs or {})
+
+
+class Reads(TorchDispatchMode):
+    """How often the host reads a result; an index of a row is its own already."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.__name__.startswith("_local_scalar_dense") and args[0].dtype != torch.long:
+            self.count += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("micro_batch", [2, 8])
+def test_an_update_waits_for_a_gpu_once_a_step(toy_policy, small_settings, micro_batch):
+    """For the gradient's norm, and once for the advantages."""
+    s, policy = small_settings(epochs=3, minibatches=2, micro_batch=micro_batch), toy_policy()
+    policy = quick(policy)  # transformers' own forward looks for pads in the mask
+    rollout = roll(policy, s)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, fused=True)
+    with Reads() as reads:
+        ppo_core.optimise(policy, optimizer, rollout, ONE, 0.1, s, stream())
+    assert reads.count == 1 + 6
 
 
 @torch.no_grad()

@@ -129,14 +129,72 @@ def test_reference_then_penalty_is_generalized_kl_and_each_rule_its_definition(c
     poisoned = case._replace(references=references.requires_grad_())
     for rule in case.rules:
         found = []
-        for function in (kl.generalized_kl, two_steps):
+        for function in (kl.generalized_kl, two_steps, one_pass):
             logits = case.logits.clone().requires_grad_()
             value = per_token(poisoned, rule, estimator, logits, function)
             value.square().sum().backward()
             found.append((value.detach(), logits.grad))
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+        assert torch.equal(found[2][0], found[0][0])
+        close(found[2][1], found[0][1])
         close(found[0][0], by_definition(pi, mu, case.weights, rule, estimator))
     assert references.grad is None
+
+
+def one_pass(logits, reference_logits, weights, *, temperature, tokens, **options):
+    """The penalty by logprobs_and_kl."""
+    made = kl.reference(reference_logits, weights, temperature=temperature, tokens=tokens,
+                        **options)
+    return kl.logprobs_and_kl(logits, made, weights, temperature=temperature, tokens=tokens,
+                              **options)[1]
+
+
+@few
+@given(cases(), estimators, st.sampled_from([1, 2**21]))
+def test_logprobs_and_kl_is_token_logprobs_and_the_penalty(case, estimator, chunk):
+    """Values and the gradient of any function of both, with some ids masked, a state at a time and
+    all at once; and each of the two alone, of one graph."""
+    V = len(case.logits)
+    masked = torch.arange(V + 2) >= V
+    wide, references = (torch.nn.functional.pad(x, (0, 2)).masked_fill(masked, -inf)
+                        for x in (case.logits, case.references))
+    given = {"temperature": case.temperature, "tokens": torch.arange(V), "estimator": estimator}
+    for rule in case.rules:
+        made = kl.reference(references[:, None].expand(-1, V, -1), case.weights, rule=rule, **given)
+        found = []
+        for whole in (True, False):
+            logits = wide.expand(V, -1).clone().requires_grad_()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kl, "CPU_CHUNK", chunk)
+                if whole:
+                    logprobs, penalty = kl.logprobs_and_kl(
+                        logits, made, case.weights, rule=rule, **given)
+                else:
+                    every = (logits / case.temperature).log_softmax(-1)
+                    logprobs = kl.token_logprobs(logits, torch.arange(V), case.temperature)
+                    penalty = kl.penalty(every, made, case.weights, rule=rule, estimator=estimator,
+                                         tokens=torch.arange(V))
+                sums = (logprobs.sum(), penalty.sum(), (logprobs * penalty).sin().sum())
+                found.append([logprobs, penalty, *(
+                    torch.autograd.grad(one, logits, retain_graph=True)[0] for one in sums)])
+        for a, b in zip(*found, strict=True):
+            close(a, b)
+            assert not a[..., V:].any() or a.dim() == 1  # a masked id has no gradient
+
+
+def test_logprobs_and_kl_by_hand():
+    """Three tokens, tau 2: the derivatives by finite differences in float64, one state without any
+    leading dimension; a token that the reference excludes costs infinity."""
+    logits, reference = randn(0, 3).requires_grad_(), randn(1, 3).log_softmax(-1)
+    token = torch.tensor(1)
+
+    def both(z):
+        return kl.logprobs_and_kl(z, reference, [1.0], tokens=token, temperature=2.0)
+
+    assert [x.shape for x in both(logits)] == [(), ()]
+    assert torch.autograd.gradcheck(both, logits)
+    impossible = torch.tensor([0.0, 0.0, -inf]).log_softmax(-1)
+    assert kl.logprobs_and_kl(logits, impossible, [1.0], tokens=token)[1] == inf
 
 
 @few
@@ -765,6 +823,14 @@ def test_wrong_arguments_of_the_parts_are_named():
         r"^ref_logprobs has the shape \[4\] where \[3\]": lambda: kl.kl_exact(a, b),
         r"^ref_logprobs has the shape \[4\] where": lambda: kl.kl_sampled(a, b),
         "^ref_logprobs has the shape": lambda: kl.penalty(a, b, [1.0]),
+        r"^reference has the shape \[4\]":
+            lambda: kl.logprobs_and_kl(a, b, [1.0], tokens=token),
+        r"^tokens has the shape \[1\]":
+            lambda: kl.logprobs_and_kl(a, a, [1.0], tokens=token[None]),
+        "^temperature must be positive":
+            lambda: kl.logprobs_and_kl(a, a, [1.0], tokens=token, temperature=0),
+        "^rule must be one of.*'model'":
+            lambda: kl.logprobs_and_kl(a, a, [1.0], tokens=token, rule="model"),
         r"^ref_logprobs has the shape \[2\]":
             lambda: kl.penalty(a, b[:2], [0.5, 0.5], estimator="k2", tokens=token),
         "^reference_logits has the shape": lambda: kl.reference([a, b], [0.5, 0.5], rule="sum"),

@@ -352,7 +352,7 @@ def test_by_rows_changes_nothing(monkeypatch):
     logprobs, reference = (randn(seed, 5, 3, 4).log_softmax(-1) for seed in (0, 1))
     found = []
     for chunk in (1, 24, 2**21):
-        monkeypatch.setattr(ppo_core, "CPU_CHUNK", chunk)
+        monkeypatch.setattr(kl, "CPU_CHUNK", chunk)
         leaf = logprobs.clone().requires_grad_()
         value = ppo_core.by_rows(kl.kl_exact, leaf, reference)
         value.square().sum().backward()
