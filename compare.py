@@ -92,20 +92,19 @@ class Table:
             world.texts[tuple(ids[prompt])] = text
         self.prompts = list(read.values())
 
-    def answer(self, name: str, policy: ppo_core.Policy) -> list[tuple]:
+    def answer(self, name: str, policy: ppo_core.Policy) -> tuple:
         """One more column: the policy's response to each prompt, whether it ended, its score.
 
         -> what was sampled, as World.respond has it.
         """
-        self.columns[name], world = [], self.world
+        world = self.world
         sampled = world.respond(self.prompts, policy, generator(self.seed, "compare"))
-        for batch in sampled:
-            scores = world.judge(*batch).tolist() if world.judge else [None] * len(batch[0])
-            ended = ppo_core.has_ended(*batch[2:], world.eos_ids).tolist()
-            responses = decode(world.tokenizer, *batch[2:])
-            self.columns[name] += [
-                {"response": response, "ended": end, "judge": score}
-                for response, end, score in zip(responses, ended, scores, strict=True)]
+        scores = world.judge(*sampled).tolist() if world.judge else [None] * len(self.prompts)
+        ended = ppo_core.has_ended(*sampled[2:], world.eos_ids).tolist()
+        responses = decode(world.tokenizer, *sampled[2:])
+        self.columns[name] = [
+            {"response": response, "ended": end, "judge": score}
+            for response, end, score in zip(responses, ended, scores, strict=True)]
         return sampled
 
     def policy(self, folder: Path) -> ppo_core.Policy:

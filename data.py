@@ -378,8 +378,8 @@ def fit_reward_model(model: RewardModel, pairs: list[TokenPair], pad_id: int, *,
     probe = not any(weight.requires_grad for weight in model.trunk.parameters())
     if probe:  # what its head reads never changes: it is made once
         with torch.no_grad():
-            parts = [torch.stack(_both(model.pooled, pairs[k:k + 64], pad_id, device), 1)
-                     for k in range(0, len(pairs), 64)]
+            parts = [torch.stack(_both(model.pooled, pairs[k:k + batch], pad_id, device), 1)
+                     for k in range(0, len(pairs), batch)]
         pooled = torch.cat(parts)  # [number of pairs, 2, D]
     steps = epochs * -(-len(pairs) // batch)  # the last, smaller batch is a step too
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -419,11 +419,11 @@ Scorer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def model_scorer(model: RewardModel, eos_id: int | tuple[int, ...] = (),
-                 with_eos: bool = True) -> Scorer:
+                 with_eos: bool = True, rows: int = 64) -> Scorer:
     """A reward model as a scorer, on the ids that were sampled, in the form that it was fitted to.
 
     with_eos: its texts ended with the first eos_id, so any other that ends a response becomes that;
-    else EOS is taken off before scoring.
+    else EOS is taken off before scoring. rows: how many texts are read at a time.
     """
     @torch.no_grad()
     def score(prompt_ids: Tensor, prompt_mask: Tensor,
@@ -437,7 +437,8 @@ def model_scorer(model: RewardModel, eos_id: int | tuple[int, ...] = (),
                 response_mask = response_mask.masked_fill(ends, 0)
         ids = torch.cat([prompt_ids, response_ids], 1)  # [B, L]
         mask = torch.cat([prompt_mask, response_mask], 1)
-        return model(ids, mask)
+        parts = zip(ids.split(rows), mask.split(rows), strict=True)
+        return torch.cat([model(*part) for part in parts])
     return score
 
 
@@ -479,14 +480,14 @@ def text_scorer(function: Callable, name: str, tokenizer, texts: dict | None = N
     return score
 
 
-def normalised(scorer: Scorer, samples: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+def normalised(scorer: Scorer, samples: tuple[Tensor, Tensor, Tensor, Tensor]
                ) -> tuple[Scorer, float, float]:
     """The scorer shifted and scaled to mean 0, std 1 on samples -> (scorer, mean, std).
 
-    samples: batches of the initial policy's responses, each what a scorer takes. So scores can be
-    compared between agents. A reward that is constant on the samples is only shifted.
+    samples: the initial policy's responses, as a scorer takes them. So scores can be compared
+    between agents. A reward that is constant on the samples is only shifted.
     """
-    scores = torch.cat([scorer(*sample) for sample in samples])
+    scores = scorer(*samples)
     mean, std = scores.mean().item(), scores.std(correction=0).item()
     scale = std if std > 1e-6 else 1.0
     return (lambda *batch: (scorer(*batch) - mean) / scale), mean, std

@@ -374,10 +374,9 @@ def outliers(agent: Agent, peers: dict[int, ppo_core.Policy]) -> list[int]:
     world, s, stream = agent.world, agent.settings, agent.streams["peers"]
     chosen = torch.randperm(len(agent.prompts), generator=stream)[:s.batch].tolist()
     sampled = world.respond([agent.prompts[k] for k in chosen], agent.policy, stream)
-    parts = [rows for batch in sampled  # a few rows at a time: [b, T, V] is large
-             for rows in zip(*(tensor.split(s.micro_batch) for tensor in batch), strict=True)]
-    sums, tokens = [], sum(mask.sum().item() for *_, mask in parts)  # [parts][K], a number
-    for prompt, attention, response, mask in parts:
+    sums, tokens = [], sampled[-1].sum().item()  # [parts][K], a number
+    for prompt, attention, response, mask in zip(  # a few rows at a time: [b, T, V] is large
+            *(tensor.split(s.micro_batch) for tensor in sampled), strict=True):
         part = torch.cat([prompt, response], 1), torch.cat([attention, mask], 1), response, mask
         own, *others = (ppo_core.score_tokens(policy, *part, s.temperature)[1]
                         for policy in (agent.policy, *peers.values()))  # [b, T, V]
@@ -448,8 +447,8 @@ def answers(agent: Agent, task: Task) -> tuple[list[float], list[dict]]:
     world = agent.world
     stream = generator(task.seed, "evaluation")
     sampled = world.respond(task.eval_prompts, agent.policy, stream)
-    scores = torch.cat([task.judge(*batch) for batch in sampled]).tolist() if task.judge else []
-    ids, mask, response, response_mask = (tensor[:4] for tensor in sampled[0])
+    scores = task.judge(*sampled).tolist() if task.judge else []
+    ids, mask, response, response_mask = (tensor[:4] for tensor in sampled)
     columns = {
         "prompt": data.decode(world.tokenizer, ids, mask, world.texts),
         "response": data.decode(world.tokenizer, response, response_mask),
@@ -539,7 +538,7 @@ def execute(command: Command) -> None:
     response, a file cannot be written, or a resumed run fits other reward models),
     FloatingPointError if training diverges, Stopped at Ctrl-C or SIGTERM.
     """
-    clock.start(command.settings.device)
+    clock.start(command.settings.device, clock.age() if __name__ == "__main__" else 0.0)
     s = command.settings
     arms = {mode: arm_settings(s, mode) for mode in s.mode}
     names = ("agents", "topology", "rule", "self_weight", "anchor", "beta", "lr")

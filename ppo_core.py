@@ -3,12 +3,13 @@
 In reading order
     1. masked arithmetic   masked_mean, masked_std, whiten
     2. the algorithm       gae, policy_loss, value_loss: tensors and floats in, tensors out
-    3. sampling            sample_inverse_cdf, generate
+    3. sampling            sample_inverse_cdf, draw_uniforms, generate
     4. one rollout         PENALTIES, score_tokens, kl_per_token, collect -> Rollout
     5. one update          penalised_rewards, ppo_loss, optimise, gradient
 
-The policy is in policies.py. Gradients are autograd's own. support/fast.py has faster forms of
-Policy and generate with the same results to rounding; nothing here knows of them.
+The policy is in policies.py. Gradients are autograd's own, but for that of log pi and KL in the
+logits, which kl.logprobs_and_kl has. support/fast.py has faster forms of Policy and generate with
+the same results to rounding; nothing here knows of them.
 
 Dimension key: B rows, b rows of a micro-batch, Q prompt tokens (left-padded), T response tokens
 (right-padded), L positions, D hidden size, V vocabulary, K references, X what the penalty keeps of
@@ -167,36 +168,34 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return sample_inverse_cdf((logits.float() / temperature).softmax(-1), uniform)
 
 
-def uniforms(
-    max_new_tokens: int, rows: int, generator: torch.Generator | None, device: torch.device
+def draw_uniforms(
+    length: int, rows: int, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
     """[T, B] in [0, 1), drawn where the generator is: a seed gives the same on every device."""
     source = torch.device("cpu") if generator is None else generator.device
-    return torch.rand(max_new_tokens, rows, generator=generator, device=source).to(device)
+    return torch.rand(length, rows, generator=generator, device=source).to(device)
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int, *,
+    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, *,
     temperature: float, eos_id: int | tuple[int, ...], pad_id: int,
-    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample responses token by token, from the whole softmax (no top-k, top-p, minimum length).
 
-    model: a Policy or any Hugging Face causal LM;  prompt_ids, prompt_mask: [B, Q], left-padded.
-    -> (response_ids [B, T], response_mask [B, T]), T <= max_new_tokens being the longest response.
-    The mask is 1 up to and with EOS; what follows is pad_id with mask 0: so pad_id may be any id,
-    EOS itself too. eos_id: one, or several that all end a response. All uniforms are drawn at the
-    start, so a call takes the same amount of randomness from the generator whenever its rows end.
+    model: a Policy or any Hugging Face causal LM;  prompt_ids, prompt_mask: [B, Q], left-padded;
+    uniforms [T, B] in [0, 1): one chooses each token, and T is the most tokens of a response.
+    -> (response_ids [B, T], response_mask [B, T]), T here being the longest response. The mask is 1
+    up to and with EOS; what follows is pad_id with mask 0: so pad_id may be any id, EOS itself too.
+    eos_id: one, or several that all end a response.
     """
-    rows = prompt_ids.shape[0]
     own = isinstance(model, Policy)
-    step = model.decoder(prompt_mask, max_new_tokens) if own else cached_decoder(model, prompt_mask)
+    step = model.decoder(prompt_mask, len(uniforms)) if own else cached_decoder(model, prompt_mask)
     tokens = prompt_ids
-    alive = torch.ones(rows, dtype=torch.bool, device=prompt_ids.device)
+    alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
     response, response_mask = [], []
     with model.precision() if own else contextlib.nullcontext():  # one, so that casts are kept
-        for uniform in uniforms(max_new_tokens, rows, generator, prompt_ids.device):
+        for uniform in uniforms:
             token = choose(step(tokens), uniform, temperature)
             response.append(torch.where(alive, token, pad_id))
             response_mask.append(alive)
@@ -311,9 +310,11 @@ def collect(
     prompt_ids, prompt_mask: [B, Q], left-padded;  generate: the function above or a faster form.
     """
     # 1. The policy answers the prompts, and the agent's own reward scores the answers.
+    uniforms = draw_uniforms(
+        settings.response_length, len(prompt_ids), generator, prompt_ids.device)
     response, mask = generate(
-        policy, prompt_ids, prompt_mask, settings.response_length, eos_id=eos_id, pad_id=pad_id,
-        temperature=settings.temperature, generator=generator)
+        policy, prompt_ids, prompt_mask, uniforms, temperature=settings.temperature,
+        eos_id=eos_id, pad_id=pad_id)
     ids, attention = torch.cat([prompt_ids, response], 1), torch.cat([prompt_mask, mask], 1)
     scores = scorer(prompt_ids, prompt_mask, response, mask)
     ended = has_ended(response, mask, eos_id)

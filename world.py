@@ -46,7 +46,7 @@ class World:
         self._load_models()
         self._load_rows()
         prompts = list(self.prompt_ids)
-        self.generate: Callable = fast.tuned_generate(
+        self.sampler: Callable = fast.tuned_generate(
             self.initial, *self.padded(prompts[:s.batch]), s, self.eos_ids, self.pad_id)
         self.judge = None if s.judge in ("none", "heldout") else self._given(s.judge)
         self.given_reward = None if s.reward in FITTED else self._given(s.reward)
@@ -163,7 +163,7 @@ class World:
         """The user's judge or reward, called once now, so that it does not fail after hours."""
         scorer = load.load_scorer(
             load.home(spec), self.tokenizer, self.device, self.texts, self.eos_ids)
-        scorer(*self.respond(list(self.prompt_ids)[:2], self.initial, generator(0, "try"))[0])
+        scorer(*self.respond(list(self.prompt_ids)[:2], self.initial, generator(0, "try")))
         return scorer
 
     def new_policy(self, index: int = 0) -> ppo_core.Policy:
@@ -177,16 +177,39 @@ class World:
         ids = [self.prompt_ids[prompt] for prompt in prompts]
         return data.pad(ids, self.pad_id, "left", self.device)
 
-    def respond(self, prompts: list[str], policy, stream: torch.Generator) -> list[tuple]:
-        """A policy's responses in batches of 64 -> [(prompt_ids, prompt_mask, response, mask)]."""
-        s, sampled = self.settings, []
-        for start in range(0, len(prompts), 64):
-            ids, mask = self.padded(prompts[start:start + 64])
-            response, response_mask = self.generate(
-                policy, ids, mask, s.response_length, temperature=s.temperature,
-                eos_id=self.eos_ids, pad_id=self.pad_id, generator=stream)
-            sampled.append((ids, mask, response, response_mask))
-        return sampled
+    @property
+    def sampled_rows(self) -> int:
+        """How many rows are sampled at a time: a sampled row holds the logits of one position, so
+        that many fit where a micro-batch of whole responses does."""
+        return 16 * self.settings.micro_batch
+
+    def generate(
+        self, policy, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, uniforms: torch.Tensor,
+        **options,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """ppo_core.generate in the form for this machine, of `sampled_rows` at a time."""
+        n = self.sampled_rows
+        parts = [self.sampler(policy, *part, **options) for part in zip(
+            prompt_ids.split(n), prompt_mask.split(n), uniforms.split(n, dim=1), strict=True)]
+        width = max(mask.shape[1] for _, mask in parts)
+
+        def joined(tensors: list[torch.Tensor], pad: int) -> torch.Tensor:
+            return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1]), value=pad)
+                              for x in tensors])
+
+        return joined([x for x, _ in parts], self.pad_id), joined([x for _, x in parts], 0)
+
+    def respond(self, prompts: list[str], policy, stream: torch.Generator) -> tuple:
+        """A policy's responses -> (prompt_ids [B, Q], prompt_mask, response [B, T], mask)."""
+        s, (ids, mask) = self.settings, self.padded(prompts)
+        # Of 64 rows at a time, so that a seed gives the numbers that it gave when these were the
+        # rows of one call.
+        uniforms = torch.cat([
+            ppo_core.draw_uniforms(s.response_length, len(rows), stream, ids.device)
+            for rows in ids.split(64)], 1)
+        return ids, mask, *self.generate(
+            policy, ids, mask, uniforms, temperature=s.temperature, eos_id=self.eos_ids,
+            pad_id=self.pad_id)
 
     def pair_ids(self, pairs: list[data.Pair]) -> list[tuple[list[int], list[int]]]:
         """Pairs as (prompt + chosen, prompt + rejected) ids, ending as generated responses do."""
@@ -215,8 +238,9 @@ class World:
             self.initial_of(index).model, s.reward_pooling, stream, s.reward_probe)
         data.fit_reward_model(model, self.pair_ids(train), self.pad_id, lr=s.reward_lr,
                               epochs=s.reward_epochs, generator=stream, watch=watch)
-        accuracy = data.preference_accuracy(model, self.pair_ids(heldout), self.pad_id)
-        scorer = data.model_scorer(model, self.eos_ids, s.response_eos)
+        accuracy = data.preference_accuracy(
+            model, self.pair_ids(heldout), self.pad_id, batch=max(1, s.micro_batch // 2))
+        scorer = data.model_scorer(model, self.eos_ids, s.response_eos, s.micro_batch)
         return scorer, (accuracy, len(heldout))
 
 
@@ -301,8 +325,9 @@ def make_task(world: World, seed: int, pooled: bool = False,
         mean = data.mean_scorer(scorers)
         scorers = [data.normalised(mean, own)[0] for own in samples]
 
-    scored = [scorer(*own[0]) for scorer, own in zip(scorers, samples, strict=True)]
-    scored += [judge(*samples[0][0])] if judge else []
+    firsts = [[tensor[:64] for tensor in own] for own in samples]
+    scored = [scorer(*own) for scorer, own in zip(scorers, firsts, strict=True)]
+    scored += [judge(*firsts[0])] if judge else []
     accuracies = [accuracy for _, accuracy in fitted]
     return Task(seed, shards, scorers, accuracies, spreads, eval_prompts, own, judge,
                 judge_accuracy, torch.cat(scored).cpu())

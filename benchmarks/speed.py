@@ -228,11 +228,11 @@ class Updates:
         return seconds
 
 
-def by_transformers(policy: ppo_core.Policy, prompt_ids, prompt_mask, max_new_tokens: int, *,
-                    temperature: float, eos_id: int, pad_id: int, generator):
+def by_transformers(policy: ppo_core.Policy, prompt_ids, prompt_mask, uniforms, *,
+                    temperature: float, eos_id: int, pad_id: int):
     """ppo_core.generate by transformers' own, whose random numbers are the device's."""
     ids = policy.model.generate(
-        input_ids=prompt_ids, attention_mask=prompt_mask, max_new_tokens=max_new_tokens,
+        input_ids=prompt_ids, attention_mask=prompt_mask, max_new_tokens=len(uniforms),
         do_sample=True, top_k=0, temperature=temperature, eos_token_id=eos_id,
         pad_token_id=pad_id, suppress_tokens=policy.forbidden_ids.tolist())
     response = ids[:, prompt_ids.shape[1]:]
@@ -279,7 +279,7 @@ def large_job(folder: Path, device: str) -> list[str]:
 def main_job(flags: list[str]) -> dict[str, float]:
     """Seconds of `python fedppo.py` with these flags from its start to its end, by part.
 
-    The run itself says where they went, but for what comes before its first line.
+    The run itself says where they went, but for how long its process takes to end.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE.parent / "fedppo.py"), *flags, "--out", folder,
@@ -289,7 +289,7 @@ def main_job(flags: list[str]) -> dict[str, float]:
         total = time.perf_counter() - started
         summary = json.loads((Path(folder) / "run/summary.json").read_text(encoding="utf-8"))
     parts = summary["seconds"]
-    return parts | {"imports and end": total - sum(parts.values())}
+    return parts | {"end": total - sum(parts.values())}
 
 
 def measure_main_job(repeats: int, device: str) -> dict[str, list | dict]:

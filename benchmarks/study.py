@@ -318,12 +318,12 @@ def own_truths(world: World, task: Task, agents: list[fedppo.Agent]) -> float:
     own community, on all topics."""
     found = []
     for agent in agents:
-        for batch in world.respond(task.eval_prompts, agent.policy,
-                                   data.generator(task.seed, "evaluation")):
-            prompts = data.decode(world.tokenizer, *batch[:2])
-            ended = ppo_core.has_ended(*batch[2:], world.eos_ids).tolist()
-            texts = zip(prompts, data.decode(world.tokenizer, *batch[2:]), ended, strict=True)
-            found += [own_truth(agent.index // 2, *text) for text in texts]
+        sampled = world.respond(task.eval_prompts, agent.policy,
+                                data.generator(task.seed, "evaluation"))
+        prompts = data.decode(world.tokenizer, *sampled[:2])
+        ended = ppo_core.has_ended(*sampled[2:], world.eos_ids).tolist()
+        texts = zip(prompts, data.decode(world.tokenizer, *sampled[2:]), ended, strict=True)
+        found += [own_truth(agent.index // 2, *text) for text in texts]
     return sum(found) / len(found)
 
 

@@ -1,17 +1,20 @@
 """Where a run's time goes: seconds on the clock by part, every second counted once.
 
-A part within another one takes its seconds from it, so the parts sum to the time since `start`. On
-a GPU a part waits for what it launched, so that the seconds are its own.
+A part within another one takes its seconds from it, so the parts sum to the time since `start` and
+what came before it. On a GPU a part waits for what it launched, so that the seconds are its own.
 """
 
+import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-PARTS = ("loading", "reward models", "checks", "rollouts", "scoring", "optimisation", "exchange",
-         "judging", "checkpoints", "agents saved", "picture", "rest")
+PARTS = ("imports", "loading", "reward models", "checks", "rollouts", "scoring", "optimisation",
+         "exchange", "judging", "checkpoints", "agents saved", "picture", "rest")
 seconds: dict[str, float] = {}
 _open, _since = ["rest"], time.perf_counter()
 
@@ -20,15 +23,24 @@ def _wait() -> None:
     """Until the device has done what it was given."""
 
 
-def start(device: str = "cpu") -> None:
-    """All parts begin at 0; device: of the run."""
+def age() -> float:
+    """Seconds since this process began; 0 where the system does not say (only Linux does)."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        ticks = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        began = int(ticks) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    return 0.0
+
+
+def start(device: str = "cpu", imports: float = 0.0) -> None:
+    """All other parts begin at 0; device: of the run; imports: seconds that these took."""
     global _since, _wait
     kind = torch.device(device).type
     _wait = {"cuda": functools.partial(torch.cuda.synchronize, device),
              "mps": torch.mps.synchronize}.get(kind, lambda: None)
     _open[:] = ["rest"]
     seconds.clear()
-    seconds.update(dict.fromkeys(PARTS, 0.0))
+    seconds.update(dict.fromkeys(PARTS, 0.0) | {"imports": imports})
     _since = time.perf_counter()
 
 
@@ -52,7 +64,7 @@ def timed(part: str) -> Callable:
 
 
 def read() -> dict[str, float]:
-    """Seconds of every part since `start`."""
+    """Seconds of every part until now."""
     _turn()
     return dict(seconds)
 

@@ -227,22 +227,20 @@ ROUNDED = 64  # the cache's length is a multiple of it, so that few graphs serve
 
 
 def sampler(
-    policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int, **options
+    policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, **options
 ) -> tuple[Callable, str]:
     """How a run on a GPU samples -> (a function like ppo_core.generate, the decision in words).
 
-    prompt_ids, prompt_mask [B, Q];  options: those of `generate` but the generator. By graphs, if
-    they give the plain sampler's tokens. Four tokens are compared, and in bfloat16 one in ten may
-    differ: there another order of additions makes another token now and then.
+    The arguments are those of `generate`. By graphs, if they give the plain sampler's tokens. Four
+    tokens are compared, and in bfloat16 one in ten may differ: there another order of additions
+    makes another token now and then.
     """
     if not is_neox(policy.model.base_model):
         return ppo_core.generate, "sampling without CUDA graphs, which are for GPT-NeoX"
     fast = GraphSampler()
     try:
-        one, other = (
-            sample(policy, prompt_ids, prompt_mask, max_new_tokens, **options,
-                   generator=torch.Generator().manual_seed(0))[0]
-            for sample in (ppo_core.generate, fast.by_graph))
+        one, other = (sample(policy, prompt_ids, prompt_mask, uniforms, **options)[0]
+                      for sample in (ppo_core.generate, fast.by_graph))
     except RuntimeError as error:
         return ppo_core.generate, f"no CUDA graphs: {' '.join(str(error).split())[:100]}"
     one, other = (nn.functional.pad(tokens, (0, 4), value=-1)[:, :4] for tokens in (one, other))
@@ -268,28 +266,27 @@ class GraphSampler:
 
     @torch.no_grad()
     def __call__(
-        self, policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor,
-        max_new_tokens: int, **options,
+        self, policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor,
+        **options,
     ) -> tuple[Tensor, Tensor]:
         try:
             if not self.broken and is_neox(policy.model.base_model):
-                return self.by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, **options)
+                return self.by_graph(policy, prompt_ids, prompt_mask, uniforms, **options)
         except CaptureError as error:
             self.broken = True
             self.decoders.clear()
             tqdm.write(f"no CUDA graphs from here on: {' '.join(str(error).split())[:100]}")
-        return ppo_core.generate(policy, prompt_ids, prompt_mask, max_new_tokens, **options)
+        return ppo_core.generate(policy, prompt_ids, prompt_mask, uniforms, **options)
 
     @torch.no_grad()
     def by_graph(
-        self, policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor,
-        max_new_tokens: int, *, temperature: float, eos_id: int | tuple[int, ...], pad_id: int,
-        generator: torch.Generator | None = None,
+        self, policy: ppo_core.Policy, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, *,
+        temperature: float, eos_id: int | tuple[int, ...], pad_id: int,
     ) -> tuple[Tensor, Tensor]:
         """ppo_core.generate's arguments and result. Raises CaptureError."""
         rows, width = prompt_ids.shape
-        length = -(-(width + max_new_tokens) // ROUNDED) * ROUNDED
-        key = rows, length, max_new_tokens, temperature, eos_id, pad_id
+        length = -(-(width + len(uniforms)) // ROUNDED) * ROUNDED
+        key = rows, length, len(uniforms), temperature, eos_id, pad_id
         decoders = self.decoders.setdefault(policy, {})
         on_gpu = prompt_ids.is_cuda
         with torch.cuda.device(prompt_ids.device) if on_gpu else contextlib.nullcontext():
@@ -301,8 +298,7 @@ class GraphSampler:
                 except RuntimeError as error:
                     raise CaptureError(str(error)) from error
                 decoders[key] = decoder
-            drawn = ppo_core.uniforms(max_new_tokens, rows, generator, prompt_ids.device)
-            return decoders[key](prompt_ids, prompt_mask, drawn)
+            return decoders[key](prompt_ids, prompt_mask, uniforms)
 
 
 class CaptureError(RuntimeError):
@@ -465,9 +461,10 @@ def tuned_generate(
                   "float32 on this processor")
     if not prompt_ids.is_cuda:
         return ppo_core.generate
-    generate, decision = sampler(
-        policy, prompt_ids, prompt_mask, settings.response_length, eos_id=eos_id, pad_id=pad_id,
-        temperature=settings.temperature)
+    uniforms = ppo_core.draw_uniforms(settings.response_length, len(prompt_ids),
+                                      torch.Generator().manual_seed(0), prompt_ids.device)
+    generate, decision = sampler(policy, prompt_ids, prompt_mask, uniforms, eos_id=eos_id,
+                                 pad_id=pad_id, temperature=settings.temperature)
     print(decision)
     return generate
 

@@ -44,7 +44,7 @@ update; what was not measured at an update is null (episodes, bytes and seconds 
                      or `a reference` (in this update) `has no finite log-probs`, or it `diverged`
 
 summary.json is explained in plot.summarise; its `seconds` are those of the process that finished
-the run, by part, from the first line printed to the picture (support/clock.py).
+the run, by part, from the start of the program to the picture (support/clock.py).
 """
 
 import contextlib

@@ -53,8 +53,7 @@ def test_attacks_are_what_they_are_called(sent):
     agent, collapsed = sent["collapsed"]
     policy, world = agent.world.new_policy(), agent.world
     policy.model.load_state_dict(collapsed)
-    sampled = world.respond(agent.prompts[:8], policy, data.generator(0, "test"))
-    (_, _, response, mask), = sampled
+    *_, response, mask = world.respond(agent.prompts[:8], policy, data.generator(0, "test"))
     assert len(set(response[mask.bool()].tolist())) == 1 and mask.all(), "one word, and no end"
 
 

@@ -487,13 +487,13 @@ def test_the_mean_of_scorers_is_taken_for_each_response(batch):
 
 
 def test_normalised_has_mean_0_and_std_1_on_its_samples():
-    """Detail 19. Scores 1, 3 and 8, in batches of 2 and 1: mean 4, std sqrt((9 + 1 + 16) / 3)."""
+    """Detail 19. Scores 1, 3 and 8: mean 4, std sqrt((9 + 1 + 16) / 3)."""
     def scorer(prompt, prompt_mask, response, mask):
         return response[:, 0].float()
-    samples = [(None, None, torch.tensor(rows), None) for rows in ([[1], [3]], [[8]])]
+    samples = None, None, torch.tensor([[1], [3], [8]]), None
     scaled, mean, std = data.normalised(scorer, samples)
     assert mean == 4 and std == pytest.approx((26 / 3) ** 0.5)
-    scores = torch.cat([scaled(*sample) for sample in samples])
+    scores = scaled(*samples)
     torch.testing.assert_close(scores, torch.tensor([-3.0, -1.0, 4.0]) / (26 / 3) ** 0.5)
     assert scores.mean().abs() < 1e-6 and abs(scores.std(correction=0) - 1) < 1e-6
 
@@ -501,7 +501,7 @@ def test_normalised_has_mean_0_and_std_1_on_its_samples():
 @pytest.mark.parametrize("samples", [1, 3])
 def test_a_constant_reward_is_shifted_only(samples):
     scaled, mean, std = data.normalised(lambda *batch: torch.full((len(batch[0]),), 7.0),
-                                        [(torch.zeros(1, 1),) * 4] * samples)
+                                        (torch.zeros(samples, 1),) * 4)
     assert (mean, std) == (7.0, 0.0)
     assert scaled(*[torch.zeros(2, 1)] * 4).tolist() == [0.0, 0.0]
 

@@ -174,11 +174,11 @@ def test_detail_01_padding_never_matters(toy_policy, make):
     assert policies.position_ids(padding).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
     policy, tau = moved(toy_policy() if make == "neox" else by_position(), 0.1, 9), 0.7
     prompts, prompt_mask = data.pad(PROMPTS, PAD, "left")
-    response, mask = generate(policy, prompts, prompt_mask, 9, temperature=tau, eos_id=EOS,
-                              pad_id=PAD, generator=stream())
+    uniforms = torch.rand(9, len(PROMPTS), generator=stream())
+    response, mask = generate(policy, prompts, prompt_mask, uniforms, temperature=tau, eos_id=EOS,
+                              pad_id=PAD)
     ids, attention = torch.cat([prompts, response], 1), torch.cat([prompt_mask, mask], 1)
     found = score_tokens(policy, ids, attention, response, mask, tau)
-    uniforms = torch.rand(9, len(PROMPTS), generator=stream())
     lengths = set()
     for b, prompt in enumerate(PROMPTS):
         row = list(prompt)
@@ -323,7 +323,7 @@ def test_detail_08_the_reward_model_reads_valid_tokens_only(toy_policy, tiny_wor
     # So a generated response, padded on both sides, and its text alone have one score.
     scorer = data.model_scorer(data.RewardModel(world.model, pooling, stream()))
     ids, mask, response, response_mask = world.respond(
-        list(world.prompt_ids)[:6], world.initial, stream())[0]
+        list(world.prompt_ids)[:6], world.initial, stream())
     scores = scorer(ids, mask, response, response_mask)
     for b in range(6):
         prompt, text = ids[b][mask[b].bool()][None], response[b][response_mask[b].bool()][None]
@@ -474,8 +474,9 @@ def test_detail_16_the_sampler_is_the_policy(toy_policy):
     prompt, mask = torch.tensor([[5, 9]]), torch.ones(1, 2, dtype=torch.long)
     probs = policy.response_forward(torch.tensor([[5, 9, 2]]), torch.ones(1, 3), 2)[0][0, 0]
     probs = probs.softmax(-1)
-    drawn, _ = generate(policy, prompt.expand(n, -1), mask.expand(n, -1), 1, temperature=1.0,
-                        eos_id=EOS, pad_id=PAD, generator=stream())
+    uniforms = ppo_core.draw_uniforms(1, n, stream(), prompt.device)
+    drawn, _ = generate(policy, prompt.expand(n, -1), mask.expand(n, -1), uniforms, temperature=1.0,
+                        eos_id=EOS, pad_id=PAD)
     counts, possible = drawn.flatten().bincount(minlength=16), probs > 0
     assert possible.sum() == 13 and not counts[~possible].any()
     expected = n * probs[possible]
@@ -542,11 +543,11 @@ def test_detail_19_scores_are_comparable_between_agents(tiny_world, tiny_task):
     world = tiny_world
     for i, (shard, scorer) in enumerate(zip(tiny_task.shards, tiny_task.scorers, strict=True)):
         sampled = world.respond((shard.prompts * 2)[:640], world.initial, stream(i))
-        scores = torch.cat([scorer(*batch) for batch in sampled])
+        scores = scorer(*sampled)
         assert abs(scores.mean()) < 0.25 and 0.85 < scores.std() < 1.18  # 256 and 640 samples
-    sample, = world.respond(tiny_task.shards[0].prompts[:40], world.initial, stream())
+    sample = world.respond(tiny_task.shards[0].prompts[:40], world.initial, stream())
     raw = 3 * mean_id(*sample) + 50
-    scorer, *found = data.normalised(lambda *batch: 3 * mean_id(*batch) + 50, [sample])
+    scorer, *found = data.normalised(lambda *batch: 3 * mean_id(*batch) + 50, sample)
     assert found == pytest.approx([raw.mean().item(), raw.std(correction=0).item()], rel=1e-4)
     scores = scorer(*sample)
     assert abs(scores.mean()) < 1e-4 and abs(scores.std(correction=0) - 1) < 1e-4
@@ -947,8 +948,9 @@ def test_detail_33_any_id_may_be_the_pad(toy_policy, small_settings):
     results = []
     for pad_id in (PAD, EOS, 7):
         policy = toy_policy()
-        response, mask = generate(policy, *data.pad(PROMPTS, pad_id, "left"), 8, temperature=1.0,
-                                  eos_id=EOS, pad_id=pad_id, generator=stream())
+        uniforms = torch.rand(8, len(PROMPTS), generator=stream())
+        response, mask = generate(policy, *data.pad(PROMPTS, pad_id, "left"), uniforms,
+                                  temperature=1.0, eos_id=EOS, pad_id=pad_id)
         prompt, prompt_mask = data.pad(PROMPTS, pad_id, "left")
         rollout = ppo_core.collect(
             policy, [toy_policy(1)], ONE, policy, mean_id, prompt, prompt_mask, s, eos_id=EOS,

@@ -176,7 +176,7 @@ def test_bfloat16_logprobs_are_as_near_as_the_help_says(tiny_world):
     policy = tiny_world.new_policy()
     rough = quick(policy, torch.bfloat16)
     plain = ppo_core.Policy(policy.model, policy.forbidden, torch.bfloat16)
-    (prompt, prompt_mask, response, mask), = tiny_world.respond(
+    prompt, prompt_mask, response, mask = tiny_world.respond(
         list(tiny_world.prompt_ids)[:64], rough, stream())
     part = torch.cat([prompt, response], 1), torch.cat([prompt_mask, mask], 1), response, mask
     exact, *others = (ppo_core.score_tokens(p, *part, 1.0)[0] for p in (policy, plain, rough))
@@ -233,7 +233,8 @@ def options(**changed):
 def both(graphs, policy, prompts, T, seed=0, **changed):
     """(response, mask) of the plain sampler and of `graphs`, with the same uniforms."""
     ids, mask = data.pad(prompts, PAD, "left", policy.forbidden.device)
-    return [sample(policy, ids, mask, T, **options(**changed), generator=stream(seed))
+    uniforms = ppo_core.draw_uniforms(T, len(prompts), stream(seed), policy.forbidden.device)
+    return [sample(policy, ids, mask, uniforms, **options(**changed))
             for sample in (ppo_core.generate, graphs)]
 
 
@@ -396,7 +397,8 @@ def test_every_tensor_is_on_the_models_device(toy_policy, monkeypatch):
 
 def choose(policy, **changed):
     ids, mask = data.pad(PROMPTS * 4, PAD, "left", policy.forbidden.device)
-    return fast.sampler(policy, ids, mask, 20, **options(temperature=1.0, **changed))
+    uniforms = ppo_core.draw_uniforms(20, len(ids), stream(), policy.forbidden.device)
+    return fast.sampler(policy, ids, mask, uniforms, **options(temperature=1.0, **changed))
 
 
 def test_graphs_are_chosen_where_they_give_the_plain_tokens(toy_policy):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import data
 import fedppo
+import ppo_core
 from fedppo import MODES, Agent, communication_matrix, cooperate, exchange, listen, make_task
 from support import fast, load, preflight, start
 
@@ -286,7 +287,7 @@ def test_outliers_are_far_by_kl_on_the_agents_own_prompts(moved, monkeypatch):
     stream = agent.streams["peers"]
     state = stream.get_state()
     chosen = torch.randperm(len(agent.prompts), generator=stream)[:agent.settings.batch].tolist()
-    (prompt, attention, response, mask), = world.respond(
+    prompt, attention, response, mask = world.respond(
         [agent.prompts[k] for k in chosen], own, stream)
     ids, attention = torch.cat([prompt, response], 1), torch.cat([attention, mask], 1)
 
@@ -521,12 +522,55 @@ def test_two_rounds_of_two_agents_from_python():
 def test_every_agent_of_an_ensemble_is_paid_by_the_mean_of_all_private_models(world, task):
     ensemble = make_task(fresh(world, reward="ensemble"), 0)
     assert ensemble.accuracies == task.accuracies
-    batch, = world.respond(list(world.prompt_ids)[:40], world.initial, data.generator(1, "test"))
+    batch = world.respond(list(world.prompt_ids)[:40], world.initial, data.generator(1, "test"))
     mean = sum(scorer(*batch) for scorer in task.scorers) / 3  # of z-scores
     for scorer in ensemble.scorers:  # normalised on own samples: equal up to shift and scale
         scores = scorer(*batch)
         a, b = ((x - x.mean()) / x.std() for x in (scores, mean))
         assert torch.allclose(a, b, atol=1e-4) and 0.5 < scores.std() < 1.6
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_bound_what_is_read_at_a_time(monkeypatch, world, micro_batch):
+    """Policies and reward models read no more rows, and 16 times as many are sampled; a reward
+    model is fitted to 16 pairs, and what checks a message reads 8 rows."""
+    small = fresh(world, micro_batch=micro_batch, batch=20, eval_prompts=50, rounds=1)
+    seen = {"read": set(), "scored": set(), "sampled": set()}
+
+    def spy(owner, name, what):
+        function = getattr(owner, name)
+
+        def spied(model, ids, *rest):
+            if what != "scored" or not torch.is_grad_enabled():
+                seen[what].add(len(ids))
+            return function(model, ids, *rest)
+        monkeypatch.setattr(owner, name, spied)
+
+    spy(fast.FastPolicy, "response_forward", "read")
+    spy(fast.FastPolicy, "decoder", "sampled")
+    spy(fast.FastRewardModel, "states", "scored")  # without a graph: not fitting
+    task = make_task(small, 0)
+    fedppo.train(small, task, "federated", lambda row: None)
+    assert max(seen["read"]) == micro_batch
+    assert max(seen["scored"]) == max(2, micro_batch), "a pair is two texts"
+    assert max(seen["sampled"]) == 16 * micro_batch
+
+
+def test_responses_do_not_depend_on_how_many_are_sampled_at_a_time(world):
+    """Rows end at different tokens, and blocks at different widths."""
+    prompts, found = (list(world.prompt_ids) * 2)[:70], []
+    for micro_batch in (1, 2, 8):
+        one = fresh(world, micro_batch=micro_batch)
+        found.append(one.respond(prompts, world.initial, data.generator(0, "test")))
+        stream = data.generator(0, "test")  # the numbers of a call of 64 rows and one of 6
+        ids, mask = world.padded(prompts[:64])
+        first = ppo_core.generate(
+            world.initial, ids, mask, ppo_core.draw_uniforms(5, 64, stream, ids.device),
+            temperature=world.settings.temperature, eos_id=world.eos_ids, pad_id=world.pad_id)
+        assert torch.equal(found[-1][2][:64, :first[0].shape[1]], first[0])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert len(set(found[0][3].sum(1).tolist())) > 2
 
 
 def test_what_prepares_a_seed_says_how_far_it_is(monkeypatch, world):
@@ -585,8 +629,8 @@ def test_judge_own_is_the_judge_on_the_prompts_of_an_agents_own_splits(world):
     for agent, row in zip(agents, rows[-len(agents):], strict=True):
         splits = task.shards[agent.index].splits
         assert splits and set(splits) < set(split_of.values())
-        sampled, = several.respond(task.eval_prompts, agent.policy,
-                                   data.generator(task.seed, "evaluation"))
+        sampled = several.respond(task.eval_prompts, agent.policy,
+                                  data.generator(task.seed, "evaluation"))
         scores = task.judge(*sampled).tolist()
         mine = [score for prompt, score in zip(task.eval_prompts, scores, strict=True)
                 if split_of[prompt] in splits]

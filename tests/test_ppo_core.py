@@ -259,24 +259,27 @@ def test_generate_at_temperature_zero_is_model_generate(tiny_world):
     assert len({len(row) for row in rows}) > 2
     model, eos, pad = tiny_world.model, tiny_world.eos_id, tiny_world.pad_id
     ids, mask = data.pad(rows, pad, "left")
+    uniforms = torch.rand(20, len(rows), generator=stream())
     response, response_mask = generate(
-        model, ids, mask, 20, temperature=1e-6, eos_id=eos, pad_id=pad, generator=stream())
+        model, ids, mask, uniforms, temperature=1e-6, eos_id=eos, pad_id=pad)
     expected = model.generate(input_ids=ids, attention_mask=mask, do_sample=False,
                               max_new_tokens=20, eos_token_id=eos, pad_token_id=pad)
     assert torch.equal(response, expected[:, ids.shape[1]:])
     assert len(set(response_mask.sum(1).tolist())) > 2, "the rows should not all end together"
 
 
-def test_generate_takes_the_same_randomness_and_stops_when_every_row_has_ended(toy_policy):
-    """A second call on one stream must not depend on where the first one's rows ended."""
-    policy = toy_policy()
+def test_a_rollout_takes_the_same_randomness_and_stops_when_every_row_has_ended(
+        toy_policy, small_settings):
+    """A second one on the same stream must not depend on where the first one's rows ended."""
+    policy, s = toy_policy(), small_settings(response_length=50)
     nn.init.zeros_(policy.model.get_output_embeddings().weight)  # uniform over 13 ids
     ids, mask = data.pad(PROMPTS[:2], PAD, "left")
     lengths, states = [], []
     for eos in (EOS, 13, 15):  # 15 is forbidden, so that no row ends
         source = stream(3)
-        response, response_mask = generate(policy, ids, mask, 50, temperature=1.0, eos_id=eos,
-                                           pad_id=PAD, generator=source)
+        rollout = ppo_core.collect(policy, [policy], ONE, policy, mean_id, ids, mask, s, eos_id=eos,
+                                   pad_id=PAD, generator=source)
+        response, response_mask = rollout.response, rollout.mask
         last = response.gather(1, response_mask.sum(1, keepdim=True) - 1)
         assert eos == 15 or last.eq(eos).all()
         assert response.shape[1] == response_mask.sum(1).max()

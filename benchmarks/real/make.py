@@ -158,9 +158,10 @@ def sample(prompts: list[str], model, tokenizer, stream: torch.Generator) -> lis
     """Two responses to each prompt -> [the first ones, the second ones]."""
     ids = data.encode_prompts(tokenizer, prompts) * 2
     ids, mask = data.pad(ids, tokenizer.pad_token_id, "left", model.device)
+    uniforms = ppo_core.draw_uniforms(TOKENS, len(ids), stream, ids.device)
     response = ppo_core.generate(
-        model, ids, mask, TOKENS, temperature=1.0, eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id, generator=stream)
+        model, ids, mask, uniforms, temperature=1.0, eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id)
     texts = data.decode(tokenizer, *response)
     return [texts[:len(prompts)], texts[len(prompts):]]
 

@@ -120,10 +120,11 @@ def answers(run: Path) -> dict:
 
 
 @torch.no_grad()
-def distance(policy, sampled: list[tuple], world) -> float:
+def distance(policy, sampled: tuple, world) -> float:
     """Exact KL(policy || initial policy) of a response, in nats: the mean over what it sampled."""
     of_each = []
-    for prompt, attention, response, mask in sampled:
+    for prompt, attention, response, mask in zip(
+            *(tensor.split(world.settings.micro_batch) for tensor in sampled), strict=True):
         part = torch.cat([prompt, response], 1), torch.cat([attention, mask], 1), response, mask
         own, initial = (ppo_core.score_tokens(one, *part, world.settings.temperature)[1]
                         for one in (policy, world.initial))  # [b, T, V]
