@@ -46,6 +46,9 @@ class World:
         self._load_models()
         self._load_rows()
         prompts = list(self.prompt_ids)
+        longest = max(map(len, self.prompt_ids.values())) + s.response_length
+        for model in self.models:
+            fast.plain_attention(model, longest, self.initial.dtype)
         self.sampler: Callable = fast.tuned_generate(
             self.initial, *self.padded(prompts[:s.batch]), s, self.eos_ids, self.pad_id)
         self.judge = None if s.judge in ("none", "heldout") else self._given(s.judge)

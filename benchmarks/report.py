@@ -360,7 +360,7 @@ def community_table(study: Study) -> list[str]:
 
 
 def variant_table(study: Study) -> list[str]:
-    """An arm changed in one thing, against the arm itself on the same seeds."""
+    """An arm changed in one thing, against the arm itself and `fedavg` on the same seeds."""
     lines = []
     for name in [arm for arm in study.arms if "," in arm]:
         arm, change = name.split(", ")
@@ -369,8 +369,10 @@ def variant_table(study: Study) -> list[str]:
                 final = plot.iqm(study.values(name, regime, "judge_final"))
                 lines.append([f"`{arm}`", change, regime, f"{final:.2f}",
                               *(gain(study, name, arm, regime, column)
-                                for column in ("judge_half", "judge_final"))])
-    return table(f"arm | changed to | regime | {ALL} | minus the arm itself, {HALF} | {ALL}", lines)
+                                for column in ("judge_half", "judge_final")),
+                              gain(study, name, "fedavg", regime)])
+    return table(f"arm | changed to | regime | {ALL} | minus the arm itself, {HALF} | {ALL} | "
+                 f"minus `fedavg`, {ALL}", lines)
 
 
 def failure_table(study: Study) -> list[str]:

@@ -3,7 +3,7 @@
     python benchmarks/speed.py                                   this project alone
     python benchmarks/speed.py --trl-python ../trl/bin/python    and trl, in an environment made by
         python3 -m venv ../trl && ../trl/bin/pip install torch==2.13.0 trl==1.12.0
-    python benchmarks/speed.py --device cuda --name gpu          one GPU
+    python benchmarks/speed.py --device cuda --shapes pythia-70m --name gpu          one GPU
 
 In reading order
     1. cases         what is measured: every case is a process that keeps its models and does one
@@ -87,15 +87,22 @@ class Case:
     trl: bool = False
     set_up: bool = True  # of trl: whether its process is, as this project's always are (`prepare`)
     micro_batch: int = 0  # rows; 0: the preset's own
+    rows: int = 0  # 0: the shape's own of BATCHES
+
+    @property
+    def batch(self) -> tuple[int, int, int]:
+        """Rows, prompt tokens and response tokens of an update."""
+        rows, *tokens = BATCHES[self.shape]
+        return self.rows or rows, *tokens
 
     def spec(self) -> str:
         """What a worker is told, which in trl's environment cannot import this file."""
         return json.dumps({"case": dataclasses.asdict(self), "config": SHAPES[self.shape],
                            "precision": torch.get_float32_matmul_precision(),
-                           "batch": BATCHES[self.shape], "epochs": EPOCHS, "threads": THREADS})
+                           "batch": self.batch, "epochs": EPOCHS, "threads": THREADS})
 
 
-GROUPS = ("one agent", "agents", "references", "rules", "main job")
+GROUPS = ("one agent", "64 rows", "agents", "references", "rules", "main job")
 
 
 def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
@@ -110,6 +117,10 @@ def groups(shapes: list[str], device: str, trl: bool) -> dict[str, list[Case]]:
                 "4 references, float32", references=4), *in_bfloat16(case, "1 reference, ")]
             continue
         found[f"{shape}, one agent"] = one_agent(case, trl)
+        if device != "cpu":  # the batch of the preset pythia-70m, which fills a GPU better
+            full = functools.partial(case, rows=64, references=4)
+            found[f"{shape}, 64 rows"] = [full("4 references, float32"),
+                                          *in_bfloat16(full, "4 references, ")]
         found[f"{shape}, agents"] = [
             case(f"{n} agents, {n} references each", agents=n, references=n)
             for n in ((1, 2, 4, 8) if shape == "tiny" else (1, 2, 4))]
@@ -172,7 +183,7 @@ class Updates:
 
     def __init__(self, case: Case):
         self.case = case
-        rows, prompt, response = BATCHES[case.shape]
+        rows, prompt, response = case.batch
         rows_at_once = case.micro_batch or micro_batch(case.shape, case.device)
         self.settings = settings.Settings(
             batch=rows, micro_batch=rows_at_once, epochs=EPOCHS, minibatches=1,
@@ -184,8 +195,10 @@ class Updates:
         forbidden[:2] = True  # EOS and pad: no response ends
 
         def policy() -> ppo_core.Policy:
-            model = new_model(case.shape, case.device)
-            return new_policy(model, forbidden, getattr(torch, case.dtype))
+            model, dtype = new_model(case.shape, case.device), getattr(torch, case.dtype)
+            if not plain:
+                fast.plain_attention(model, prompt + response, dtype)
+            return new_policy(model, forbidden, dtype)
         self.policies = [policy() for _ in range(case.agents)]
         self.optimizers = [torch.optim.Adam(one.parameters(), lr=1e-5, fused=True, **ppo_core.ADAM)
                            for one in self.policies]
@@ -397,7 +410,7 @@ def floor(case: Case, passes: int = EPOCHS, steps: int = EPOCHS) -> dict[str, fl
     once; Adam reads and writes 7 float32 per weight. The first reference is the initial policy,
     whose forward is counted once.
     """
-    rows, prompt, response = BATCHES[case.shape]
+    rows, prompt, response = case.batch
     width, layers = (SHAPES[case.shape][name] for name in ("hidden_size", "num_hidden_layers"))
     layer, keys, head, every = weights(case.shape)
     tokens, dtype = rows * (prompt + response), getattr(torch, case.dtype)
@@ -455,7 +468,7 @@ def case_table(cases: list[dict]) -> list[str]:
         low, middle, high = statistics.quantiles([sum(one.values()) for one in updates], n=4)
         first = first or middle
         phase = {name: statistics.median(one[name] for one in updates) for name in PHASES}
-        batch, _, response = BATCHES[case["shape"]]
+        batch, _, response = Case(**case).batch
         rows.append([
             case["name"], f"{middle:.3g} [{low:.3g}, {high:.3g}]",
             *(f"{phase[name]:.3g}" for name in PHASES), f"{first / middle:.2f}",
@@ -487,11 +500,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS,
                         help="of cases; some alone want a --name of their own")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of every case, at least 2 [3]")
     parser.add_argument("--trl-python", default="",
                         help="the Python of an environment that has trl 1.12.0")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.repeats < 2:
+        parser.error("--repeats must be at least 2: a table has quartiles")
     if options.worker:
         case = Case(**json.loads(options.worker)["case"])
         prepare(case)

@@ -175,6 +175,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     return (similar + bias).softmax(-1) @ value
 
 
+def plain_attention(model: nn.Module, length: int, dtype: torch.dtype) -> None:
+    """Let a model of another family do the same, transformers' `eager`, if its texts have at most
+    `length` tokens and that is short.
+
+    dtype: of its products. Not in bfloat16, to which `eager` rounds what is similar too.
+    """
+    short = length <= SHORT and model.device.type == "cpu" and dtype == torch.float32
+    if short and not is_neox(model.base_model) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 # ---------------------------------------------------------------------------------- the two [V, D]
 
 

@@ -250,10 +250,12 @@ def test_a_family_is_trained(tmp_path, small_settings, kind):
     settings = small_settings(batch=4, response_length=5, micro_batch=2, epochs=1, minibatches=2)
     ends, pad_id = load.eos_ids(tokenizer, model), tokenizer.pad_token_id
     stream = torch.Generator().manual_seed(0)
-    initial, policy = (fast.policy(copy.deepcopy(model), forbidden, torch.float32)
+    short = copy.deepcopy(model)  # the model itself keeps transformers' own choice of attention
+    fast.plain_attention(short, 32, torch.float32)
+    initial, policy = (fast.policy(copy.deepcopy(short), forbidden, torch.float32)
                        for _ in range(2))
     torch.nn.init.normal_(policy.value_head.weight)  # else all values are 0, read right or wrong
-    reward = fast.reward_model(model, "last", stream)
+    reward = fast.reward_model(short, "last", stream)
     prompts = data.pad(data.encode_prompts(tokenizer, [
         "The room was", "The lovely song and golden film", "The", "The soup was calm"]),
         pad_id, "left")

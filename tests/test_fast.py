@@ -30,8 +30,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import policies
 import ppo_core
 from support import fast, load
+from world import World
 
 RESPONSES = [[4, 0], [9, 3, 2, 0], [7], [2, 2, 8]] * 2
 SHAPES = pytest.mark.parametrize("config", [
@@ -118,6 +120,31 @@ def test_attend_is_attention_short_or_long(monkeypatch, short, queries, keys):
     for ours, theirs in zip(*(torch.autograd.grad(x[real].sin().sum(), (query, key, value))
                               for x in (found, expected)), strict=True):
         close(ours, theirs)
+
+
+def test_a_model_of_another_family_attends_plainly_where_texts_are_short(tmp_path, toy_policy):
+    """Copies of it too, and nothing of it is saved; tests/test_families.py compares the numbers."""
+    model = by_position().model
+    assert model.config._attn_implementation == "sdpa"
+    fast.plain_attention(model, fast.SHORT + 1, torch.float32)
+    fast.plain_attention(model, fast.SHORT, torch.bfloat16)
+    model.save_pretrained(tmp_path / "long")
+    assert model.config._attn_implementation == "sdpa"
+    fast.plain_attention(model, fast.SHORT, torch.float32)
+    copies = policies.twin(model, 0), policies.twin(model, 1), data.RewardModel(
+        model, "last", stream()).trunk
+    assert {one.config._attn_implementation for one in (model, *copies)} == {"eager"}
+    model.save_pretrained(tmp_path / "short")
+    config, other = ((tmp_path / name / "config.json").read_text() for name in ("long", "short"))
+    assert config == other
+
+
+def test_a_world_tells_its_models_how_long_texts_are(small_settings, monkeypatch):
+    told = []
+    monkeypatch.setattr(fast, "plain_attention", lambda *args: told.append(args))
+    world = World(small_settings(response_length=7))
+    longest = max(map(len, world.prompt_ids.values())) + 7
+    assert told == [(world.model, longest, torch.float32)]
 
 
 @SHAPES

@@ -74,6 +74,19 @@ def test_a_gpu_has_cases_of_its_own():
         ("fast", "transformers"), ("fast", "generate"), ("plain", "generate"), ("fast", "graphs"),
         ("fast", "graphs")]
     assert {case.device for cases in gpu.values() for case in cases} == {"cuda"}
+    assert not any("64 rows" in name for name in cpu)
+    one, *others = gpu["tiny, 64 rows"]
+    assert one.batch == (64, 6, 20) and one.references == 4 and others[0].dtype == "bfloat16"
+    assert json.loads(one.spec())["batch"] == [64, 6, 20]
+    small, large = (speed.floor(dataclasses.replace(one, device="cpu", rows=rows))
+                    for rows in (8, 64))
+    assert large["scoring"] > small["scoring"]
+
+
+def test_one_repeat_has_no_quartiles(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        speed.main(["--repeats", "1"])
+    assert "at least 2" in capsys.readouterr().err
 
 
 def test_the_floor_counts_operations_and_bytes(monkeypatch):
