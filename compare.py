@@ -114,6 +114,7 @@ class Table:
         if (tokenizer.get_vocab() != world.tokenizer.get_vocab()
                 or len(forbidden) != len(world.forbidden)):
             raise UserError(f"{folder} has another vocabulary than {world.settings.model[0]}")
+        fast.eager_if_short(model, world.longest, world.initial.dtype)
         return fast.policy(model, world.forbidden, world.initial.dtype)
 
     def rows(self) -> list[list[str]]:

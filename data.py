@@ -484,8 +484,8 @@ def normalised(scorer: Scorer, samples: tuple[Tensor, Tensor, Tensor, Tensor]
                ) -> tuple[Scorer, float, float]:
     """The scorer shifted and scaled to mean 0, std 1 on samples -> (scorer, mean, std).
 
-    samples: the initial policy's responses, as a scorer takes them. So scores can be compared
-    between agents. A reward that is constant on the samples is only shifted.
+    samples: a scorer's four arguments, of the initial policy's responses. It makes the scores of
+    agents comparable. A reward that is constant on the samples is only shifted.
     """
     scores = scorer(*samples)
     mean, std = scores.mean().item(), scores.std(correction=0).item()

@@ -531,14 +531,14 @@ def train(
 # -------------------------------------------------------------------------------------------- main
 
 
-def execute(command: Command) -> None:
-    """Do what the command line asks for.
+def execute(command: Command, starting: float = 0.0) -> None:
+    """Do what the command line asks for. starting: seconds of the program until now.
 
     Raises UserError before training starts (later only if the user's own reward or judge fails on a
     response, a file cannot be written, or a resumed run fits other reward models),
     FloatingPointError if training diverges, Stopped at Ctrl-C or SIGTERM.
     """
-    clock.start(command.settings.device, clock.age() if __name__ == "__main__" else 0.0)
+    clock.start(command.settings.device, starting)
     s = command.settings
     arms = {mode: arm_settings(s, mode) for mode in s.mode}
     names = ("agents", "topology", "rule", "self_weight", "anchor", "beta", "lr")
@@ -578,7 +578,8 @@ def main(argv: list[str] | None = None) -> int:
     print_anything()
     try:
         with stoppable():
-            execute(parse(sys.argv[1:] if argv is None else argv, MODES))
+            command = parse(sys.argv[1:] if argv is None else argv, MODES)
+            execute(command, clock.age() if argv is None else 0.0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

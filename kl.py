@@ -2,11 +2,12 @@
 r"""The generalized KL penalty: hold a PPO or GRPO policy near several reference policies at once.
 
 Copy this file into your own trainer: it needs torch and nothing else, and knows nothing of what is
-around it. The trainer of this project calls it in the same two steps:
-    reference(...)   what the penalty needs to know of the K references: once per batch, no graph
+around it. The penalty is made in two steps:
+    reference(...)   what it needs to know of the K references: once per batch, no graph
     penalty(...)     KL of the policy to it, per token, differentiable: at every gradient step
-`generalized_kl` is one after the other; `logprobs_and_kl` is the second step in less memory, with
-log π(a). How a rule or an estimator is computed stands here alone.
+`generalized_kl` is one after the other. `logprobs_and_kl`, which the trainer of this project calls
+at every gradient step, is the second one with log π(a), in less memory. How a rule or an estimator
+is computed stands here alone.
 
 Dimension key: K references, V vocabulary, ... any leading shape (none, [T], [B, T]); X what the
 penalty keeps of the references at a state: V numbers, K, or 1.
@@ -150,9 +151,10 @@ def logprobs_and_kl(
 ) -> tuple[Tensor, Tensor]:
     """Step two from logits [..., V]: all that PPO's loss needs -> (log π(a), KL(π‖ρ)), [...] each.
 
-    Equal to `token_logprobs` and `penalty`. With the exact estimator the gradient is written by
-    hand (`_LogprobsAndKL`): it keeps two buffers of [..., V] and makes the gradient itself, where
-    autograd keeps three and makes three.
+    reference [..., X] as in `penalty`, tokens [...]. Equal to `token_logprobs` and `penalty`. With
+    the exact estimator, which does not read weights and rule, the gradient is written by hand
+    (`_LogprobsAndKL`): two buffers of [..., V] are kept for it and one is made, the result; in
+    autograd's way three are kept and three made.
     """
     _check_choice("rule", rule, RULES)
     _check_choice("estimator", estimator, ESTIMATORS)
@@ -162,8 +164,8 @@ def logprobs_and_kl(
     _check_shape("reference", reference.shape, logits.shape)
     _check_shape("tokens", tokens.shape, logits.shape[:-1])
     _check_temperature(temperature)
-    states = (x.reshape(-1, x.shape[-1]) for x in (_upcast(logits), reference, tokens[..., None]))
-    chosen, kl = _LogprobsAndKL.apply(*states, temperature)
+    flat = (x.reshape(-1, x.shape[-1]) for x in (_upcast(logits), reference, tokens[..., None]))
+    chosen, kl = _LogprobsAndKL.apply(*flat, temperature)
     return chosen.view(tokens.shape), kl.view(tokens.shape)
 
 
@@ -258,7 +260,7 @@ def kl_exact(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     pi = logprobs.exp()  # [..., V]
     # Selected, not multiplied by 0: −inf − (−inf) is NaN, which has no part in value or gradient.
     x = torch.where(pi > 0, logprobs - ref_logprobs.detach(), 0)  # [..., V] log π(v) − log ρ(v)
-    return torch.linalg.vecdot(pi, x)
+    return _dot(pi, x)
 
 
 def kl_sampled(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
@@ -285,24 +287,24 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     return _gather(_logprobs(logits, temperature), tokens)
 
 
-# Numbers of [..., V] that are worked on at a time: on a CPU few enough to stay in its cache, on a
-# GPU many, since each piece is launched anew.
+# How many numbers of a tensor [..., V] are worked on at a time: on a CPU few enough to stay in its
+# cache, on a GPU many, since each piece is launched anew.
 CPU_CHUNK, GPU_CHUNK = 2**21, 2**25
 
 
 def at_a_time(x: Tensor) -> int:
-    """How many of x's rows, each of one state or more, to work on at a time."""
+    """How many entries of x's first dimension to work on at a time."""
     chunk = CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
-    return max(1, chunk // x[0].numel())
+    return max(1, chunk // max(1, x.shape[1:].numel()))
 
 
 class _LogprobsAndKL(torch.autograd.Function):
     """(log π(a), exact KL(π‖ρ)) of n states, differentiable in the logits z, π = softmax(z / τ).
 
-    By the softmax's derivative ∂log π(u)/∂z_v = (1[u = v] − π(v)) / τ, and with
-    x(v) = log π(v) − log ρ(v), whose mean under π is the KL:
-        ∂log π(a)/∂z_v = (1[v = a] − π(v)) / τ
-        ∂KL/∂z_v = π(v) (x(v) − KL) / τ
+    With x(u) = log π(u) − log ρ(u), so that KL = Σ_u π(u) x(u):
+        ∂log π(a)/∂z_v = (1[v = a] − π(v)) / τ, the softmax's derivative
+        ∂KL/∂z_v = Σ_u π(u) (x(u) + 1) ∂log π(u)/∂z_v = π(v) (x(v) − KL) / τ
+    The 1 is gone since Σ_u ∂π(u) = 0, and so is a constant in log ρ (the rule `sum`).
     """
 
     @staticmethod
@@ -312,15 +314,15 @@ class _LogprobsAndKL(torch.autograd.Function):
         """logits, reference [n, V], tokens [n, 1] -> two [n]."""
         pi, x = torch.empty_like(logits), torch.empty_like(logits)  # [n, V]
         chosen, kl = [], []
-        for z, log_rho, token, pi_v, x_v in zip(
-                *(every.split(at_a_time(logits)) for every in (logits, reference, tokens, pi, x)),
+        for z, log_rho, token, pi_part, x_part in zip(
+                *(tensor.split(at_a_time(logits)) for tensor in (logits, reference, tokens, pi, x)),
                 strict=True):
             logprobs = torch.log_softmax(z if temperature == 1 else z / temperature, -1)
             chosen.append(logprobs.gather(-1, token).squeeze(-1))
-            torch.exp(logprobs, out=pi_v)
+            torch.exp(logprobs, out=pi_part)
             # As in kl_exact: selected, so that −inf − (−inf) has no part.
-            torch.sub(logprobs, log_rho, out=x_v).masked_fill_(pi_v == 0, 0)
-            kl.append(torch.linalg.vecdot(pi_v, x_v))
+            torch.sub(logprobs, log_rho, out=x_part).masked_fill_(pi_part == 0, 0)
+            kl.append(_dot(pi_part, x_part))
         chosen, kl = torch.cat(chosen), torch.cat(kl)
         ctx.save_for_backward(pi, x, tokens, kl)
         ctx.temperature = temperature
@@ -332,9 +334,11 @@ class _LogprobsAndKL(torch.autograd.Function):
         pi, x, tokens, kl = ctx.saved_tensors
         to_chosen, to_kl = (grad[:, None] / ctx.temperature for grad in (grad_chosen, grad_kl))
         shift, grad = to_kl * kl[:, None] + to_chosen, torch.empty_like(x)  # [n, 1], [n, V]
-        for pi_v, x_v, a, b, grad_v in zip(
-                *(every.split(at_a_time(x)) for every in (pi, x, to_kl, shift, grad)), strict=True):
-            torch.mul(x_v, a, out=grad_v).sub_(b).mul_(pi_v)  # π (g_KL (x − KL) − g_chosen)
+        for pi_part, x_part, g, part_shift, out in zip(
+                *(tensor.split(at_a_time(x)) for tensor in (pi, x, to_kl, shift, grad)),
+                strict=True):
+            # π (g_KL (x − KL) − g_chosen) / τ; the term of 1[v = a] follows.
+            torch.mul(x_part, g, out=out).sub_(part_shift).mul_(pi_part)
         return grad.scatter_add_(-1, tokens, to_chosen), None, None, None
 
 
@@ -378,6 +382,12 @@ def average_weights(
 def _upcast(x: Tensor) -> Tensor:
     """float16 and bfloat16 as float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _dot(pi: Tensor, x: Tensor) -> Tensor:
+    """Σ_v π(v) x(v): [..., V] twice -> [...], in their own type where autocast would round them."""
+    with torch.autocast(pi.device.type, enabled=False):
+        return torch.linalg.vecdot(pi, x)
 
 
 def _logprobs(logits: Tensor, temperature: float) -> Tensor:

@@ -5,11 +5,11 @@ In reading order
     2. the algorithm       gae, policy_loss, value_loss: tensors and floats in, tensors out
     3. sampling            sample_inverse_cdf, draw_uniforms, generate
     4. one rollout         PENALTIES, score_tokens, kl_per_token, collect -> Rollout
-    5. one update          penalised_rewards, ppo_loss, optimise, gradient
+    5. one update          penalised_rewards, new_terms, ppo_loss, optimise, gradient
 
-The policy is in policies.py. Gradients are autograd's own, but for that of log pi and KL in the
-logits, which kl.logprobs_and_kl has. support/fast.py has faster forms of Policy and generate with
-the same results to rounding; nothing here knows of them.
+The policy is in policies.py. Gradients are autograd's own but for one, of log pi and the exact KL
+with respect to the logits, which kl.logprobs_and_kl has by hand. support/fast.py has faster forms
+of Policy and generate with the same results to rounding; nothing here knows of them.
 
 Dimension key: B rows, b rows of a micro-batch, Q prompt tokens (left-padded), T response tokens
 (right-padded), L positions, D hidden size, V vocabulary, K references, X what the penalty keeps of
@@ -102,7 +102,7 @@ def policy_loss(
     """The clipped surrogate (1707.06347, eq. 7, negated). All [B, T] -> (loss, clipfrac), scalars.
 
     clipfrac: share of valid tokens at which the clipped term is the larger one and stops the
-    gradient. Where mask is 0 log-probs must be finite (`score_tokens` fills them): the loss leaves
+    gradient. Where mask is 0 log-probs must be finite (`new_terms` fills them): the loss leaves
     them out, but 0 times inf spoils a gradient.
     """
     ratio = (logprobs - old_logprobs).exp()  # pi(a_t|s_t) / pi_old(a_t|s_t)
@@ -171,7 +171,10 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 def draw_uniforms(
     length: int, rows: int, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    """[T, B] in [0, 1), drawn where the generator is: a seed gives the same on every device."""
+    """[T, B] in [0, 1), drawn where the generator is: a seed gives the same on every device.
+
+    All are drawn before sampling, so that the stream moves equally far whenever rows end.
+    """
     source = torch.device("cpu") if generator is None else generator.device
     return torch.rand(length, rows, generator=generator, device=source).to(device)
 
@@ -184,10 +187,10 @@ def generate(
     """Sample responses token by token, from the whole softmax (no top-k, top-p, minimum length).
 
     model: a Policy or any Hugging Face causal LM;  prompt_ids, prompt_mask: [B, Q], left-padded;
-    uniforms [T, B] in [0, 1): one chooses each token, and T is the most tokens of a response.
-    -> (response_ids [B, T], response_mask [B, T]), T here being the longest response. The mask is 1
+    uniforms [N, B] in [0, 1): uniforms[t, i] chooses token t of row i, so that N is the most tokens
+    of a response;  eos_id: one, or several that all end a response.
+    -> (response_ids [B, T], response_mask [B, T]), T <= N being the longest response. The mask is 1
     up to and with EOS; what follows is pad_id with mask 0: so pad_id may be any id, EOS itself too.
-    eos_id: one, or several that all end a response.
     """
     own = isinstance(model, Policy)
     step = model.decoder(prompt_mask, len(uniforms)) if own else cached_decoder(model, prompt_mask)
@@ -260,13 +263,14 @@ def score_tokens(
     policy: Policy, ids: Tensor, attention: Tensor, response: Tensor, mask: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward that scores a response. ppo_loss has the same one, so ratios begin at 1 (D4).
+    """What a policy gives the tokens of a response. `new_terms` has the same forward with a graph,
+    so ratios begin at 1 (D4).
 
     ids, attention [b, Q+T], response, mask [b, T] -> (logprobs [b, T] of the response, 0 where mask
     is 0; all_logprobs [b, T, V]; values [b, T]).
     """
     logits, values = policy.response_forward(ids, attention, ids.shape[1] - response.shape[1])
-    # In place: a buffer of [b, T, V] less, in a function whose memory is the most of an update's.
+    # In place: a buffer of [b, T, V] less.
     all_logprobs = logits.div_(temperature).log_softmax(-1)
     # The pad id can have log-prob -inf. It is filled here, not masked later: a gradient of 0 times
     # inf would be NaN.
@@ -278,7 +282,7 @@ def by_rows(function: Callable, *tensors: Tensor) -> Tensor:
     """function(*tensors) -> [b, T], all [b, T, ...], a few rows at a time.
 
     What a function makes of [b, T, V] inside has the size of its input, several times: of all rows
-    it would be the most of an update's memory.
+    it would be the most of `collect`'s memory.
     """
     parts = zip(*(tensor.split(kl.at_a_time(tensors[0])) for tensor in tensors), strict=True)
     return torch.cat([function(*part) for part in parts])
@@ -366,6 +370,25 @@ def penalised_rewards(
     return rewards
 
 
+def new_terms(
+    policy: Policy, batch: dict[str, Tensor], weights: Tensor, settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The training forward of b rows: what the loss needs of the policy as it is now.
+
+    -> (log-probs of the response, 0 where mask is 0; KL penalty, which the loss does not read under
+    k1-in-reward; values), all [b, T] with a graph.
+    """
+    ids, response = batch["ids"], batch["response"]
+    # Layers that do not learn have read the batch when it was collected.
+    with read_once(policy.still_layers, batch.get("states")):
+        logits, values = policy.response_forward(
+            ids, batch["attention"], ids.shape[1] - response.shape[1])
+    logprobs, kl_tokens = kl.logprobs_and_kl(
+        logits, batch["reference"], weights, tokens=response, rule=settings.rule,
+        estimator=PENALTIES[settings.penalty].estimator, temperature=settings.temperature)
+    return logprobs.masked_fill(batch["mask"] == 0, 0), kl_tokens, values  # as score_tokens says
+
+
 def ppo_loss(
     policy: Policy, batch: dict[str, Tensor], weights: Tensor, beta: float, sigma: Tensor, settings
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -376,16 +399,9 @@ def ppo_loss(
     batch: the tensors of a Rollout for b rows, with advantages and returns [b, T]; weights [K];
     sigma: sigma_A, a scalar -> (loss, metrics), all scalars.
     """
-    ids, response, mask = batch["ids"], batch["response"], batch["mask"]
-    old_logprobs, penalty = batch["logprobs"], PENALTIES[settings.penalty]
-    # Layers that do not learn have read the batch when it was collected.
-    with read_once(policy.still_layers, batch.get("states")):
-        logits, values = policy.response_forward(
-            ids, batch["attention"], ids.shape[1] - response.shape[1])
-    logprobs, kl_tokens = kl.logprobs_and_kl(  # [b, T] each
-        logits, batch["reference"], weights, tokens=response, rule=settings.rule,
-        estimator=penalty.estimator, temperature=settings.temperature)
-    logprobs = logprobs.masked_fill(mask == 0, 0)  # for the reason given in score_tokens
+    mask, old_logprobs = batch["mask"], batch["logprobs"]
+    penalty = PENALTIES[settings.penalty]
+    logprobs, kl_tokens, values = new_terms(policy, batch, weights, settings)
     pg_loss, clipfrac = policy_loss(
         logprobs, old_logprobs, batch["advantages"], mask, settings.clip)
     v_loss, value_clipfrac = value_loss(
@@ -439,7 +455,7 @@ def optimise(
         for minibatch in order.chunk(settings.minibatches):
             totals = gradient(policy, optimizer, tensors, minibatch, weights, beta, sigma, settings)
             norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
-            if not torch.isfinite(norm):  # the one place in a step where the host waits for a GPU
+            if not torch.isfinite(norm):  # a GPU's host waits for this result, and no other
                 raise FloatingPointError(f"the gradient's norm is {norm.item()}")
             optimizer.step()
             history.append({"grad_norm": norm} | totals)

@@ -8,7 +8,7 @@ In reading order
 Nothing is learned here but reward models (data.py). Reading files and models is support/rows.py's
 and support/load.py's.
 
-Dimension key: B rows, Q prompt tokens (left-padded).
+Dimension key: B rows, Q prompt tokens (left-padded), T response tokens (right-padded).
 """
 
 import dataclasses
@@ -46,11 +46,12 @@ class World:
         self._load_models()
         self._load_rows()
         prompts = list(self.prompt_ids)
-        longest = max(map(len, self.prompt_ids.values())) + s.response_length
+        self.longest = max(map(len, self.prompt_ids.values())) + s.response_length  # tokens
         for model in self.models:
-            fast.plain_attention(model, longest, self.initial.dtype)
+            fast.eager_if_short(model, self.longest, self.initial.dtype)
         self.sampler: Callable = fast.tuned_generate(
-            self.initial, *self.padded(prompts[:s.batch]), s, self.eos_ids, self.pad_id)
+            self.initial, *self.padded(prompts[:min(s.batch, self.sampled_rows)]), s, self.eos_ids,
+            self.pad_id)
         self.judge = None if s.judge in ("none", "heldout") else self._given(s.judge)
         self.given_reward = None if s.reward in FITTED else self._given(s.reward)
 
@@ -182,18 +183,28 @@ class World:
 
     @property
     def sampled_rows(self) -> int:
-        """How many rows are sampled at a time: a sampled row holds the logits of one position, so
-        that many fit where a micro-batch of whole responses does."""
-        return 16 * self.settings.micro_batch
+        """How many rows are sampled at a time.
+
+        More than a micro-batch has: of a row that is sampled there are its keys and values and the
+        logits of one position; in training there is all that a gradient needs. On a GPU no more
+        than training samples, so that the CUDA graphs made there serve for all.
+        """
+        most = 16 * self.settings.micro_batch
+        return most if self.device.type == "cpu" else min(most, self.settings.batch)
 
     def generate(
         self, policy, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, uniforms: torch.Tensor,
         **options,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ppo_core.generate in the form for this machine, of `sampled_rows` at a time."""
-        n = self.sampled_rows
-        parts = [self.sampler(policy, *part, **options) for part in zip(
-            prompt_ids.split(n), prompt_mask.split(n), uniforms.split(n, dim=1), strict=True)]
+        """ppo_core.generate by self.sampler, `sampled_rows` rows at a time.
+
+        prompt_ids, prompt_mask [B, Q], uniforms [T, B] -> response, mask, [B, longest response].
+        """
+        n, parts = self.sampled_rows, []
+        for ids, mask, drawn in zip(
+                prompt_ids.split(n), prompt_mask.split(n), uniforms.split(n, dim=1), strict=True):
+            first = int(mask.argmax(1).min())  # where the longest prompt of these begins
+            parts.append(self.sampler(policy, ids[:, first:], mask[:, first:], drawn, **options))
         width = max(mask.shape[1] for _, mask in parts)
 
         def joined(tensors: list[torch.Tensor], pad: int) -> torch.Tensor:
@@ -205,11 +216,10 @@ class World:
     def respond(self, prompts: list[str], policy, stream: torch.Generator) -> tuple:
         """A policy's responses -> (prompt_ids [B, Q], prompt_mask, response [B, T], mask)."""
         s, (ids, mask) = self.settings, self.padded(prompts)
-        # Of 64 rows at a time, so that a seed gives the numbers that it gave when these were the
-        # rows of one call.
+        # Drawn for 64 rows at a time, as in earlier versions, so that a seed keeps its responses.
         uniforms = torch.cat([
-            ppo_core.draw_uniforms(s.response_length, len(rows), stream, ids.device)
-            for rows in ids.split(64)], 1)
+            ppo_core.draw_uniforms(s.response_length, len(part), stream, ids.device)
+            for part in ids.split(64)], 1)
         return ids, mask, *self.generate(
             policy, ids, mask, uniforms, temperature=s.temperature, eos_id=self.eos_ids,
             pad_id=self.pad_id)
@@ -242,7 +252,7 @@ class World:
         data.fit_reward_model(model, self.pair_ids(train), self.pad_id, lr=s.reward_lr,
                               epochs=s.reward_epochs, generator=stream, watch=watch)
         accuracy = data.preference_accuracy(
-            model, self.pair_ids(heldout), self.pad_id, batch=max(1, s.micro_batch // 2))
+            model, self.pair_ids(heldout), self.pad_id, batch=max(1, s.micro_batch // 2))  # pairs
         scorer = data.model_scorer(model, self.eos_ids, s.response_eos, s.micro_batch)
         return scorer, (accuracy, len(heldout))
 
@@ -328,7 +338,7 @@ def make_task(world: World, seed: int, pooled: bool = False,
         mean = data.mean_scorer(scorers)
         scorers = [data.normalised(mean, own)[0] for own in samples]
 
-    firsts = [[tensor[:64] for tensor in own] for own in samples]
+    firsts = [[tensor[:64] for tensor in own] for own in samples]  # enough for a fingerprint
     scored = [scorer(*own) for scorer, own in zip(scorers, firsts, strict=True)]
     scored += [judge(*firsts[0])] if judge else []
     accuracies = [accuracy for _, accuracy in fitted]

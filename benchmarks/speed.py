@@ -194,27 +194,29 @@ class Updates:
         forbidden = torch.zeros(SHAPES[case.shape]["vocab_size"], dtype=torch.bool)
         forbidden[:2] = True  # EOS and pad: no response ends
 
-        def policy() -> ppo_core.Policy:
-            model, dtype = new_model(case.shape, case.device), getattr(torch, case.dtype)
+        dtype = getattr(torch, case.dtype)
+
+        def attending(model: torch.nn.Module) -> torch.nn.Module:
             if not plain:
-                fast.plain_attention(model, prompt + response, dtype)
-            return new_policy(model, forbidden, dtype)
+                fast.eager_if_short(model, prompt + response, dtype)
+            return model
+
+        def policy() -> ppo_core.Policy:
+            return new_policy(attending(new_model(case.shape, case.device)), forbidden, dtype)
         self.policies = [policy() for _ in range(case.agents)]
         self.optimizers = [torch.optim.Adam(one.parameters(), lr=1e-5, fused=True, **ppo_core.ADAM)
                            for one in self.policies]
         self.references = [policy().requires_grad_(False) for _ in range(case.references)]
         self.weights = torch.full([case.references], 1 / case.references, dtype=torch.float64)
         self.stream = torch.Generator().manual_seed(0)
-        model = new_model(case.shape, case.device)
+        model = attending(new_model(case.shape, case.device))
         self.reward = new_reward_model(model, "last", self.stream).requires_grad_(False)
+        self.score = data.model_scorer(self.reward, rows=rows_at_once)
         self.prompts = torch.randint(2, len(forbidden), (rows, prompt), generator=self.stream)
         self.prompts = self.prompts.to(case.device)
         # by_graph and not the sampler itself, which goes on without a graph where none can be made.
         self.generate = {"generate": ppo_core.generate, "transformers": by_transformers,
                          "graphs": fast.GraphSampler().by_graph}[case.sampler]
-
-    def score(self, prompt, prompt_mask, response, mask):
-        return self.reward(torch.cat([prompt, response], 1), torch.cat([prompt_mask, mask], 1))
 
     def once(self) -> dict[str, float]:
         """One update of every agent -> seconds by phase."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PARTS = ("imports", "loading", "reward models", "checks", "rollouts", "scoring", "optimisation",
+PARTS = ("starting", "loading", "reward models", "checks", "rollouts", "scoring", "optimisation",
          "exchange", "judging", "checkpoints", "agents saved", "picture", "rest")
 seconds: dict[str, float] = {}
 _open, _since = ["rest"], time.perf_counter()
@@ -32,15 +32,16 @@ def age() -> float:
     return 0.0
 
 
-def start(device: str = "cpu", imports: float = 0.0) -> None:
-    """All other parts begin at 0; device: of the run; imports: seconds that these took."""
+def start(device: str = "cpu", starting: float = 0.0) -> None:
+    """All other parts begin at 0; device: of the run; starting: seconds of the program until now,
+    of imports for the most part."""
     global _since, _wait
     kind = torch.device(device).type
     _wait = {"cuda": functools.partial(torch.cuda.synchronize, device),
              "mps": torch.mps.synchronize}.get(kind, lambda: None)
     _open[:] = ["rest"]
     seconds.clear()
-    seconds.update(dict.fromkeys(PARTS, 0.0) | {"imports": imports})
+    seconds.update(dict.fromkeys(PARTS, 0.0) | {"starting": starting})
     _since = time.perf_counter()
 
 

@@ -7,7 +7,7 @@ the plain form.
 In reading order
     1. choice        policy, reward_model: the fast class for a GPT-NeoX (Pythia), else the plain
     2. GPT-NeoX      neox_states: its layers without transformers' wrappers, in fixed shapes if a
-                     CUDA graph needs them
+                     CUDA graph needs them; attend; for other families eager_if_short
     3. [V, D]        Embed, Project: the gradients of the two largest matrices are summed over
                      micro-batches in place, and not made anew for each
     4. CUDA graphs   GraphSampler: a sampled token is a hundred small kernels, launched all at once
@@ -158,28 +158,28 @@ def neox_states(
     return trunk.final_layer_norm(hidden)
 
 
-SHORT = 128  # positions
+SHORT = 128  # keys; with more the two forms of `attend` take about the same time
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention: [B, heads, L, head size] of L queries, [B, heads, E, head size] of E keys and
-    values, bias [B, 1, L, E] -> [B, heads, L, head size].
+    """Attention: query [B, heads, L, head size], key and value [B, heads, E, head size], bias
+    [B, 1, L, E] -> [B, heads, L, head size].
 
-    torch's own form for a CPU works in blocks, for long sequences: many short ones take up to three
-    times as long in it as two products and a softmax, whose [L, E] is small then. A single query is
-    faster in it always.
+    torch's fused form for a CPU works in blocks, for long sequences. Short ones take up to three
+    times as long in it as two products and a softmax, but for a single query (a decoding step).
     """
-    if query.is_cuda or query.shape[2] == 1 or key.shape[2] > SHORT:
+    if query.device.type != "cpu" or query.shape[2] == 1 or key.shape[2] > SHORT:
         return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    similar = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)  # [B, heads, L, E]
-    return (similar + bias).softmax(-1) @ value
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)  # [B, heads, L, E]
+    return (scores + bias).softmax(-1) @ value
 
 
-def plain_attention(model: nn.Module, length: int, dtype: torch.dtype) -> None:
-    """Let a model of another family do the same, transformers' `eager`, if its texts have at most
-    `length` tokens and that is short.
+def eager_if_short(model: nn.Module, length: int, dtype: torch.dtype) -> None:
+    """Set a model of another family on a CPU to transformers' `eager` attention, for `attend`'s
+    reason, if `length` is short.
 
-    dtype: of its products. Not in bfloat16, to which `eager` rounds what is similar too.
+    length: tokens of the longest text; dtype: of its products, float32 only, since in bfloat16
+    `eager` rounds the attention scores too. Decoding loses by it, scoring and training gain more.
     """
     short = length <= SHORT and model.device.type == "cpu" and dtype == torch.float32
     if short and not is_neox(model.base_model) and model.config._attn_implementation == "sdpa":

@@ -109,7 +109,10 @@ def forward_checks(world, task, index: int) -> list[Check]:
                                      rollout.mask[rows], s.temperature)[0]
 
     half, everything = slice(0, 4), slice(None)
-    ratio = (logprobs(half, 0) - rollout.logprobs[half]).exp()
+    names = ("ids", "attention", "response", "mask", "reference")
+    batch = {name: getattr(rollout, name)[half] for name in names}
+    new = ppo_core.new_terms(policy, batch, torch.ones(1), s)[0]
+    ratio = (new - rollout.logprobs[half]).exp()
     rows = rollout.ids, rollout.attention, rollout.response, rollout.mask
     all_logprobs = ppo_core.score_tokens(policy, *rows, s.temperature)[1]
     # How far rounding can move a log-prob that is computed in two ways: in float32, 8 eps at the

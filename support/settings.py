@@ -159,9 +159,9 @@ class Settings:
     epochs: int = setting(2, "passes over a rollout (1707.06347)", pythia=4, group="PPO")
     minibatches: int = setting(2, "gradient steps per pass", pythia=1, group="PPO")
     micro_batch: int = setting(
-        32, "rows per forward in training, scoring and judging, a sixteenth of the rows that are "
-        "sampled at a time (checks take 8, fitting a reward model 32 texts): changes memory and "
-        "speed, results by rounding alone; 0: 4 on a CPU, else 64",
+        32, "rows per forward in training and of fitted reward models; at most 16 times as many "
+        "are sampled at a time (checks take 8 rows, fitting 32 texts): changes memory and speed, "
+        "results by rounding alone; 0: 4 on a CPU, else 64",
         pythia=0, group="PPO")
     lr: float | None = setting(None, "Adam learning rate", pythia=1e-5, group="PPO")
     lr_schedule: str = setting("constant", "of the learning rate over the whole run",

@@ -30,8 +30,8 @@ def test_a_part_within_another_takes_its_seconds_from_it(monkeypatch):
     now[0] += 32.0
     expected = dict.fromkeys(clock.PARTS, 0.0) | {"rest": 33.0, "scoring": 20.0, "rollouts": 8.0}
     assert clock.read() == expected
-    clock.start(imports=2.5)
-    assert clock.read() == dict.fromkeys(clock.PARTS, 0.0) | {"imports": 2.5}
+    clock.start(starting=2.5)
+    assert clock.read() == dict.fromkeys(clock.PARTS, 0.0) | {"starting": 2.5}
 
 
 @pytest.mark.parametrize("program", [True, False])
@@ -51,7 +51,7 @@ def test_a_runs_parts_sum_to_its_time(tmp_path, capsys, program):
     seconds = json.loads((tmp_path / "run/summary.json").read_text())["seconds"]
     known = program and sys.platform == "linux"
     assert tuple(seconds) == clock.PARTS
-    assert all(value > 0 for part, value in seconds.items() if known or part != "imports")
+    assert all(value > 0 for part, value in seconds.items() if known or part != "starting")
     if known or not program:
         assert 0.8 * wall < sum(seconds.values()) < wall + 0.05  # a process has an end too
     assert seconds["rest"] < 0.2 * wall, "what has no name is little"

@@ -9,7 +9,7 @@ broken.
      3  Response logits are logits[:, Q-1:-1]                          policies.Policy
      4  One temperature in sampler, policy and references              ppo_core.score_tokens
      5  Dropout is off everywhere                                      policies.Policy
-     6  Old and new log-probs come from one forward                    ppo_core.score_tokens
+     6  Old and new log-probs come from one forward                    ppo_core.new_terms
      7  The score lands on the last valid token                        ppo_core.penalised_rewards
      8  The reward model reads valid tokens; its texts end as sampled  data.RewardModel
      9  A response without EOS can be penalised; endings are counted   ppo_core.collect
@@ -21,7 +21,7 @@ broken.
     15  The KL that is logged is the KL that is trained on             fedppo.Agent.update
     16  Sampling is from the whole softmax, by inverse CDF             ppo_core.sample_inverse_cdf
     17  An estimator stands only where it is right                     ppo_core.PENALTIES
-    18  A run's penalty is kl.py's, the file that people copy          ppo_core.ppo_loss
+    18  A run's penalty is kl.py's, the file that people copy          ppo_core.new_terms
     19  Rewards have mean 0, std 1 on the initial policy's samples     data.normalised
     20  Adam eps 1e-5; value head 0, reward head std 1/sqrt(D + 1)     fedppo.Agent
     21  Ids without a token are masked in the policy's own logits      ppo_core.Policy
@@ -280,9 +280,15 @@ def test_detail_06_old_logprobs_come_from_the_training_forward(toy_policy, small
     """On the very same rows they are equal to the bit, on a minibatch max|ratio - 1| < 1e-5."""
     policy, s = moved(toy_policy()), small_settings(response_length=10, temperature=0.7)
     rollout = roll(policy, s)
-    assert torch.equal(scored(policy, rollout, 0.7)[0], rollout.logprobs)
+
+    def new(rows):
+        names = ("ids", "attention", "response", "mask", "reference")
+        return ppo_core.new_terms(
+            policy, {name: getattr(rollout, name)[rows] for name in names}, ONE, s)[0]
+
+    assert torch.equal(new(slice(None)), rollout.logprobs)
     for part in torch.randperm(8, generator=stream()).split(2):
-        ratio = (scored(policy, rollout, 0.7, part)[0] - rollout.logprobs[part]).exp()
+        ratio = (new(part) - rollout.logprobs[part]).exp()
         assert largest(ratio - 1) < 1e-5
     assert not rollout.logprobs.requires_grad and rollout.logprobs.dtype == torch.float32
 

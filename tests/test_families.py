@@ -251,7 +251,7 @@ def test_a_family_is_trained(tmp_path, small_settings, kind):
     ends, pad_id = load.eos_ids(tokenizer, model), tokenizer.pad_token_id
     stream = torch.Generator().manual_seed(0)
     short = copy.deepcopy(model)  # the model itself keeps transformers' own choice of attention
-    fast.plain_attention(short, 32, torch.float32)
+    fast.eager_if_short(short, 32, torch.float32)
     initial, policy = (fast.policy(copy.deepcopy(short), forbidden, torch.float32)
                        for _ in range(2))
     torch.nn.init.normal_(policy.value_head.weight)  # else all values are 0, read right or wrong

@@ -126,11 +126,11 @@ def test_a_model_of_another_family_attends_plainly_where_texts_are_short(tmp_pat
     """Copies of it too, and nothing of it is saved; tests/test_families.py compares the numbers."""
     model = by_position().model
     assert model.config._attn_implementation == "sdpa"
-    fast.plain_attention(model, fast.SHORT + 1, torch.float32)
-    fast.plain_attention(model, fast.SHORT, torch.bfloat16)
+    fast.eager_if_short(model, fast.SHORT + 1, torch.float32)
+    fast.eager_if_short(model, fast.SHORT, torch.bfloat16)
     model.save_pretrained(tmp_path / "long")
     assert model.config._attn_implementation == "sdpa"
-    fast.plain_attention(model, fast.SHORT, torch.float32)
+    fast.eager_if_short(model, fast.SHORT, torch.float32)
     copies = policies.twin(model, 0), policies.twin(model, 1), data.RewardModel(
         model, "last", stream()).trunk
     assert {one.config._attn_implementation for one in (model, *copies)} == {"eager"}
@@ -141,7 +141,7 @@ def test_a_model_of_another_family_attends_plainly_where_texts_are_short(tmp_pat
 
 def test_a_world_tells_its_models_how_long_texts_are(small_settings, monkeypatch):
     told = []
-    monkeypatch.setattr(fast, "plain_attention", lambda *args: told.append(args))
+    monkeypatch.setattr(fast, "eager_if_short", lambda *args: told.append(args))
     world = World(small_settings(response_length=7))
     longest = max(map(len, world.prompt_ids.values())) + 7
     assert told == [(world.model, longest, torch.float32)]

@@ -556,8 +556,35 @@ def test_micro_batches_bound_what_is_read_at_a_time(monkeypatch, world, micro_ba
     assert max(seen["sampled"]) == 16 * micro_batch
 
 
+def test_blocks_of_different_widths_are_joined(world):
+    """Blocks with responses of 5 and 3 tokens; prompts are no wider than a block needs."""
+    one, seen = fresh(world, micro_batch=1), []
+
+    def sampler(policy, ids, mask, uniforms, **options):
+        seen.append((ids.tolist(), mask.tolist(), uniforms.shape))
+        width = 5 - 2 * (len(seen) - 1)
+        return torch.full((len(ids), width), 7), torch.ones(len(ids), width, dtype=torch.long)
+
+    one.sampler, prompts = sampler, [[9]] * 20 + [[8, 8, 8]]
+    ids, mask = data.pad(prompts[::-1], world.pad_id, "left")
+    response, valid = one.generate(None, ids, mask, torch.rand(5, 21), eos_id=0)
+    assert seen == [([[8, 8, 8]] + [[world.pad_id, world.pad_id, 9]] * 15,
+                     [[1, 1, 1]] + [[0, 0, 1]] * 15, (5, 16)), ([[9]] * 5, [[1]] * 5, (5, 5))]
+    assert response.tolist() == [[7] * 5] * 16 + [[7] * 3 + [world.pad_id] * 2] * 5
+    assert valid.tolist() == [[1] * 5] * 16 + [[1] * 3 + [0] * 2] * 5
+
+
+def test_a_gpu_samples_as_many_rows_as_training_does(world):
+    rows = {}
+    for device in ("cpu", "cuda"):
+        other = fresh(world, micro_batch=64, batch=96)
+        other.device = torch.device(device)
+        rows[device] = other.sampled_rows
+    assert rows == {"cpu": 1024, "cuda": 96}
+
+
 def test_responses_do_not_depend_on_how_many_are_sampled_at_a_time(world):
-    """Rows end at different tokens, and blocks at different widths."""
+    """Rows end at different tokens."""
     prompts, found = (list(world.prompt_ids) * 2)[:70], []
     for micro_batch in (1, 2, 8):
         one = fresh(world, micro_batch=micro_batch)

@@ -197,6 +197,26 @@ def test_logprobs_and_kl_by_hand():
     assert kl.logprobs_and_kl(logits, impossible, [1.0], tokens=token)[1] == inf
 
 
+def test_autocast_does_not_round_the_kl():
+    logits, reference = randn(0, 4, 50).float(), randn(1, 4, 50).float().log_softmax(-1)
+    tokens = torch.arange(4)
+
+    def found():
+        return (kl.kl_exact(logits.log_softmax(-1), reference),
+                kl.logprobs_and_kl(logits, reference, [1.0], tokens=tokens)[1])
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        for inside, outside in zip(found(), expected, strict=True):
+            assert inside.dtype == torch.float32 and torch.equal(inside, outside)
+
+
+def test_no_states_have_no_kl():
+    none = torch.zeros(0, 5)
+    for value in kl.logprobs_and_kl(none, none, [1.0], tokens=torch.zeros(0, dtype=torch.long)):
+        assert value.shape == (0,)
+
+
 @few
 @given(cases())
 def test_the_cooperative_reference_is_a_distribution_by_its_rule(case):

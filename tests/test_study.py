@@ -66,12 +66,14 @@ def test_every_run_uses_what_was_chosen_for_its_arm():
                  for regime in study.regimes_of(arm)}
     assert len(set(jobs)) == len(jobs) and headlines.items() <= counts.items()
     elsewhere = {cell: n for cell, n in counts.items() if cell not in headlines}
-    assert all(n == (20 if regime == "mixed sizes" else 6) for (_, regime), n in elsewhere.items())
+    assert all(n == (20 if regime == "mixed sizes" or arm == study.WEIGHTS else 6)
+               for (arm, regime), n in elsewhere.items())
     assert {regime for _, regime in counts} == {*study.REGIMES}
     chosen = CHOSEN | {"federated, common prompts": {"settings": {"beta": 4.0, "lr": 1e-3}}}
     for job in study.elsewhere_jobs(chosen):
         of = study.VARIANTS.get(job.arm, (job.arm,))[0]
-        assert ("--beta 4 " in job.flags) is (of == "federated"), "the settings of common prompts"
+        common = of == "federated" and job.regime != "own prompts"
+        assert ("--beta 4 " in job.flags) is common, "the settings of common prompts"
 
 
 def test_the_shipped_results_are_of_the_runs_that_are_asked_for():
