@@ -107,8 +107,12 @@ class Study:
 
     def first(self, n: int) -> "Study":
         """The study of its first n seeds alone."""
+        return self.some(slice(n))
+
+    def some(self, which: slice) -> "Study":
+        """The study of some of its seeds, ascending."""
         part = copy.copy(self)
-        seeds = sorted({int(row["seed"]) for row in self.rows + self.diverged})[:n]
+        seeds = sorted({int(row["seed"]) for row in self.rows + self.diverged})[which]
         part.rows = [row for row in self.rows if int(row["seed"]) in seeds]
         return part
 
@@ -360,19 +364,23 @@ def community_table(study: Study) -> list[str]:
 
 
 def variant_table(study: Study) -> list[str]:
-    """An arm changed in one thing, against the arm itself and `fedavg` on the same seeds."""
-    lines = []
+    """An arm changed in one thing, against the arm itself, `fedavg` and `isolated` on the same
+    seeds; where it has all, once more on those that had no part in the choice of what to run on."""
+    lines, fresh = [], study.some(slice(ELSEWHERE_SEEDS, None))
     for name in [arm for arm in study.arms if "," in arm]:
         arm, change = name.split(", ")
         for regime in study.regimes:
-            if len(study.cell(name, regime)) > 1:
-                final = plot.iqm(study.values(name, regime, "judge_final"))
-                lines.append([f"`{arm}`", change, regime, f"{final:.2f}",
-                              *(gain(study, name, arm, regime, column)
+            for part, words in ((study, ""), (fresh, f", without the first {ELSEWHERE_SEEDS}")):
+                if len(part.cell(name, regime)) < 2:
+                    continue
+                final = plot.iqm(part.values(name, regime, "judge_final"))
+                lines.append([f"`{arm}`", change, regime + words, f"{final:.2f}",
+                              *(gain(part, name, arm, regime, column)
                                 for column in ("judge_half", "judge_final")),
-                              gain(study, name, "fedavg", regime)])
+                              *(gain(part, name, other, regime)
+                                for other in ("fedavg", "isolated"))])
     return table(f"arm | changed to | regime | {ALL} | minus the arm itself, {HALF} | {ALL} | "
-                 f"minus `fedavg`, {ALL}", lines)
+                 f"minus `fedavg`, {ALL} | minus `isolated`, {ALL}", lines)
 
 
 def failure_table(study: Study) -> list[str]:

@@ -120,7 +120,7 @@ def section(title: str) -> str:
 
 @pytest.mark.parametrize("text, file, count", [
     (README.split("**Does it help?**")[1].split("\n## ")[0], "tables.md", 1),
-    (section("What was measured"), "tables.md", 8),
+    (section("What was measured"), "tables.md", 9),
     (section("When an agent is bad"), "attacks.md", 1),
     (section("A real language model on real text"), "real.md", 2),
     (section("Speed"), "speed-*.md", 5),
