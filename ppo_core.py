@@ -455,7 +455,7 @@ def optimise(
         for minibatch in order.chunk(settings.minibatches):
             totals = gradient(policy, optimizer, tensors, minibatch, weights, beta, sigma, settings)
             norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
-            if not torch.isfinite(norm):  # a GPU's host waits for this result, and no other
+            if not torch.isfinite(norm):  # the one result of a step that the host reads
                 raise FloatingPointError(f"the gradient's norm is {norm.item()}")
             optimizer.step()
             history.append({"grad_norm": norm} | totals)
