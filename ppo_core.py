@@ -253,6 +253,13 @@ class Rollout:
     def prompt_length(self) -> int:
         return self.ids.shape[1] - self.response.shape[1]
 
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """What the loss reads of it, by name: all rows."""
+        names = ("ids", "attention", "response", "mask", "logprobs", "values", "reference")
+        kept = {} if self.states is None else {"states": self.states}
+        return {name: getattr(self, name) for name in names} | kept
+
 
 def entropy(logprobs: Tensor) -> Tensor:
     """[..., V] normalised log-probs -> [...] in nats; an id of probability 0 counts 0, not NaN."""
@@ -443,10 +450,7 @@ def optimise(
     # all advantages are equal, as with a constant reward, beta / sigma_A is large and finite, and
     # the KL penalty alone moves the policy.
     sigma = masked_std(advantages, mask)
-    names = ("ids", "attention", "response", "mask", "logprobs", "values", "reference")
-    tensors = {name: getattr(rollout, name) for name in names}
-    tensors |= {} if rollout.states is None else {"states": rollout.states}
-    tensors |= {"advantages": whiten(advantages, mask), "returns": returns}
+    tensors = rollout.batch | {"advantages": whiten(advantages, mask), "returns": returns}
 
     # 2. Every epoch cuts the rows into minibatches anew, and each minibatch is one gradient step.
     history: list[dict[str, Tensor]] = []

@@ -105,10 +105,6 @@ class Study:
                 found[seed] = row
         return dict(sorted(found.items()))
 
-    def first(self, n: int) -> "Study":
-        """The study of its first n seeds alone."""
-        return self.some(slice(n))
-
     def some(self, which: slice) -> "Study":
         """The study of some of its seeds, ascending."""
         part = copy.copy(self)
@@ -323,7 +319,7 @@ def worse_agents(study: Study, arm: str, regime: str) -> str:
 def regime_table(study: Study, column: str = "judge_final") -> list[str]:
     """The level of `isolated` in each regime, and the difference of others on the same seeds: the
     first ELSEWHERE_SEEDS."""
-    lines, study = [], study.first(ELSEWHERE_SEEDS)
+    lines, study = [], study.some(slice(ELSEWHERE_SEEDS))
     for regime in [regime for regime in study.regimes if "isolated" in study.has(regime)
                    and regime != "own prompts"]:
         alone = study.values("isolated", regime, column)

@@ -101,18 +101,17 @@ def forward_checks(world, task, index: int) -> list[Check]:
         """The largest absolute value at valid tokens of some rows."""
         return torch.where(valid[rows], difference, 0).abs().max().item()
 
-    def logprobs(rows: slice, pads: int) -> torch.Tensor:
-        """By the training forward, of some rows alone or behind more left padding."""
-        ids = torch.nn.functional.pad(rollout.ids[rows], (pads, 0), value=world.pad_id)
-        attention = torch.nn.functional.pad(rollout.attention[rows], (pads, 0))
-        return ppo_core.score_tokens(policy, ids, attention, rollout.response[rows],
-                                     rollout.mask[rows], s.temperature)[0]
+    def padded(pads: int) -> torch.Tensor:
+        """The response's log-probs behind more left padding."""
+        ids = torch.nn.functional.pad(rollout.ids, (pads, 0), value=world.pad_id)
+        attention = torch.nn.functional.pad(rollout.attention, (pads, 0))
+        return ppo_core.score_tokens(
+            policy, ids, attention, rollout.response, rollout.mask, s.temperature)[0]
 
-    half, everything = slice(0, 4), slice(None)
-    names = ("ids", "attention", "response", "mask", "reference")
-    batch = {name: getattr(rollout, name)[half] for name in names}
+    some = slice(2, 6)  # not the rows of one micro-batch of `collect`
+    batch = {name: tensor[some] for name, tensor in rollout.batch.items()}
     new = ppo_core.new_terms(policy, batch, torch.ones(1), s)[0]
-    ratio = (new - rollout.logprobs[half]).exp()
+    ratio = (new - rollout.logprobs[some]).exp()
     rows = rollout.ids, rollout.attention, rollout.response, rollout.mask
     all_logprobs = ppo_core.score_tokens(policy, *rows, s.temperature)[1]
     # How far rounding can move a log-prob that is computed in two ways: in float32, 8 eps at the
@@ -123,10 +122,10 @@ def forward_checks(world, task, index: int) -> list[Check]:
     context = load.positions_of(policy.model) - rollout.ids.shape[1]
     pads = min(3, context)
     padding = [Check(of + "more left padding, largest change of log-probs, nats",
-                     worst(logprobs(everything, pads) - rollout.logprobs), rounding,
+                     worst(padded(pads) - rollout.logprobs), rounding,
                      "the model does not honour attention_mask or position_ids")] if pads else []
     return [
-        Check(of + "new / old probability before any step, |ratio - 1|", worst(ratio - 1, half),
+        Check(of + "new / old probability before any step, |ratio - 1|", worst(ratio - 1, some),
               rounding / 10, "old and new log-probs come from different forwards, temperatures or "
               "precisions, or dropout is on"),
         Check(of + "KL while policy = reference, nats per token", worst(rollout.kl), 1e-5,

@@ -282,9 +282,8 @@ def test_detail_06_old_logprobs_come_from_the_training_forward(toy_policy, small
     rollout = roll(policy, s)
 
     def new(rows):
-        names = ("ids", "attention", "response", "mask", "reference")
-        return ppo_core.new_terms(
-            policy, {name: getattr(rollout, name)[rows] for name in names}, ONE, s)[0]
+        batch = {name: tensor[rows] for name, tensor in rollout.batch.items()}
+        return ppo_core.new_terms(policy, batch, ONE, s)[0]
 
     assert torch.equal(new(slice(None)), rollout.logprobs)
     for part in torch.randperm(8, generator=stream()).split(2):

@@ -100,9 +100,7 @@ def roll(policy, settings, references=None, weights=ONE, initial=None, prompts=P
 
 
 def batch_of(rollout, advantages, returns):
-    names = ("ids", "attention", "response", "mask", "logprobs", "values", "reference")
-    return {name: getattr(rollout, name) for name in names} | {
-        "advantages": advantages, "returns": returns}
+    return rollout.batch | {"advantages": advantages, "returns": returns}
 
 
 # -------------------------------------------------------------------------------- masked arithmetic
